@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of a run: on the terminal, the verdict on every target, and the table in README.md."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+BEGIN, END = "<!-- benchmarks:begin (python -m benchmarks --readme) -->", "<!-- benchmarks:end -->"
+SCALING_TARGET = {"attention": 1.85}  # two threads over one; 1.6 elsewhere
+
+
+def _ms(value: float) -> str:
+    return f"{value * 1e3:.1f} us" if value < 0.1 else f"{value:.3g} ms"
+
+
+def ceiling_line(threads: int, limits: dict) -> str:
+    """What this machine reaches: copy and GEMM."""
+    gemm = ", ".join(f"{name} {rate:.0f}" for name, rate in limits["gemm_gflops"].items())
+    return f"{threads} thread(s): copy {limits['copy_gbs']:.0f} GB/s, GEMM GFLOP/s: {gemm}"
+
+
+def progress_line(result: dict) -> str:
+    """One result in one line, printed as soon as it is there."""
+    text = f"{result['family']:>9} {result['case']} {result['dtype']} t{result['threads']}: "
+    text += f"ours {_ms(result['ours_ms'])}"
+    for name, ms in result["peers"].items():
+        text += f"; {name} {_ms(ms)} ({ms / result['ours_ms']:.2f}x)"
+    return text
+
+
+def _ratio_text(result: dict) -> str:
+    if result["ratio"] is None:
+        return "-"
+    return f"{result['ratio']:.2f}x [{result['spread']['min']:.2f}..{result['spread']['max']:.2f}]"
+
+
+def _target_text(result: dict) -> str:
+    parts = []
+    for target in result["targets"]:
+        wanted = f"<= {_ms(target['ms'])}" if target["peer"] is None else f">= {target['ratio']:.2f}x"
+        parts.append(wanted + (" ok" if target["reached"] else " missed"))
+    return ", ".join(parts) or "-"
+
+
+def _ops_table(results: list[dict]) -> Table:
+    table = Table(title="Ops (ratio = target peer / ours [rounds]; floor = what bytes and FLOPs allow here)")
+    left = ("case", "dtype", "target peer", "target", "best peer (same outputs)")
+    for name in ("case", "dtype", "thr", "ours", *left[2:3], "ratio", *left[3:], "floor", "of floor"):
+        table.add_column(name, justify="left" if name in left else "right", overflow="fold")
+    for result in results:
+        best = f"{result['best_peer']} ({result['best_ratio']:.2f}x)" if result["best_peer"] else "-"
+        table.add_row(
+            result["case"],
+            result["dtype"],
+            str(result["threads"]),
+            _ms(result["ours_ms"]),
+            result["target_peer"] or "-",
+            _ratio_text(result),
+            _target_text(result),
+            best,
+            _ms(result["floor_ms"]),
+            f"{100 * result['floor_ms'] / result['ours_ms']:.0f} %",
+        )
+    return table
+
+
+def _models_table(results: list[dict]) -> Table:
+    table = Table(
+        title="Models (speed-up over our own dense model; ideal = multiply-adds; "
+        "expected = dense parts scaled by their FLOPs)"
+    )
+    for name in (
+        "model",
+        "setting",
+        "dtype",
+        "batch",
+        "thr",
+        "dense",
+        "reduced",
+        "speed-up",
+        "ideal",
+        "expected",
+        "efficiency",
+        "of ideal",
+        "other",
+    ):
+        table.add_column(
+            name,
+            justify="left" if name in ("model", "setting", "dtype", "other") else "right",
+            overflow="fold",
+        )
+    for result in results:
+        others = "; ".join(
+            f"{name} {_ms(ms)}" for name, ms in result["peers"].items() if name != result["target_peer"]
+        )
+        table.add_row(
+            result["model"],
+            f"{result['method']} {result['setting']}",
+            result["dtype"],
+            str(result["batch"]),
+            str(result["threads"]),
+            _ms(result["dense_ms"]),
+            _ms(result["ours_ms"]),
+            f"{result['speedup']:.2f}x",
+            f"{result['ideal_speedup']:.2f}x",
+            f"{result['expected_speedup']:.2f}x",
+            f"{result['efficiency']:.2f}",
+            f"{result['speedup'] / result['ideal_speedup']:.2f}",
+            others,
+        )
+    return table
+
+
+def scaling(results: list[dict]) -> list[dict]:
+    """Two threads against one, for every case that was run with both."""
+    single = {(r["case"], r["dtype"]): r for r in results if r["threads"] == 1}
+    rows = []
+    for result in results:
+        one = single.get((result["case"], result["dtype"]))
+        if result["threads"] != 2 or one is None or result["device"] != "cpu":
+            continue
+        gain = one["ours_ms"] / result["ours_ms"]
+        target = SCALING_TARGET.get(result["family"], 1.6)
+        rows.append(
+            {
+                "case": result["case"],
+                "dtype": result["dtype"],
+                "gain": gain,
+                "target": target,
+                "reached": gain >= target,
+            }
+        )
+    return rows
+
+
+def verdicts(out: dict) -> list[str]:
+    """One line per missed target: by how much, and what the machine leaves to gain."""
+    lines = []
+    for result in out["results"]:
+        where = f"{result['case']} {result['dtype']} {result['threads']} thread(s)"
+        room = f"ours reaches {100 * result['floor_ms'] / result['ours_ms']:.0f} % of the floor"
+        for target in result["targets"]:
+            if target["reached"]:
+                continue
+            if target["peer"] is None:
+                lines.append(f"MISSED {where}: {_ms(target['got'])}, target {_ms(target['ms'])}; {room}")
+            else:
+                short = 100 * (1 - target["got"] / target["ratio"])
+                room_text = (
+                    f"; {room}, which allows {result['peers'][target['peer']] / result['floor_ms']:.1f}x"
+                )
+                lines.append(
+                    f"MISSED {where}: {target['got']:.2f}x over {target['peer']}, "
+                    f"target {target['ratio']:.2f}x ({short:.0f} % short{room_text})"
+                )
+        if result.get("efficiency_target") and result["efficiency"] < result["efficiency_target"]:
+            lines.append(
+                f"MISSED {where}: {result['efficiency']:.2f} of the expected speed-up, "
+                f"target {result['efficiency_target']:.2f}"
+            )
+    lines += [
+        f"MISSED {row['case']} {row['dtype']}: two threads {row['gain']:.2f}x one, "
+        f"target {row['target']:.2f}x"
+        for row in scaling(out["results"])
+        if not row["reached"]
+    ]
+    return lines
+
+
+def _count_targets(out: dict) -> int:
+    efficiencies = sum(bool(result.get("efficiency_target")) for result in out["results"])
+    return (
+        sum(len(result["targets"]) for result in out["results"]) + efficiencies + len(scaling(out["results"]))
+    )
+
+
+def show(out: dict, console: Console) -> None:
+    """Print the tables and the verdict on the targets."""
+    ops = [r for r in out["results"] if "model" not in r]
+    models = [r for r in out["results"] if "model" in r]
+    for rows, table in ((ops, _ops_table), (models, _models_table)):
+        if rows:
+            console.print(table(rows))
+    gains = scaling(out["results"])
+    if gains:
+        text = ", ".join(f"{row['case']} {row['dtype']} {row['gain']:.2f}x" for row in gains)
+        console.print(f"Two threads over one: {text}", highlight=False, markup=False)
+    machine = out["machine"]
+    console.print(
+        f"{machine.get('gpu', machine['cpu'])}, torch {machine['torch']}, load {machine['load_average']}",
+        highlight=False,
+    )
+    missed, total = verdicts(out), _count_targets(out)
+    if total:
+        console.print(f"Targets reached: {total - len(missed)} of {total}", highlight=False)
+    for line in [*missed, *(note for note in out["notes"] if "NOT TIMED" in note)]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _markdown(out: dict) -> str:
+    machine = out["machine"]
+    lines = [
+        f"Measured on {machine.get('gpu', machine['cpu'])}, torch {machine['torch']}; "
+        "ours and the peer interleaved in one run, medians.",
+        "",
+        "| case | dtype | threads | ours | peer | ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    for result in (r for r in out["results"] if "model" not in r and r["ratio"] is not None):
+        peer = result["target_peer"]
+        cells = (
+            *(result["case"], result["dtype"], result["threads"], _ms(result["ours_ms"])),
+            f"{peer} {_ms(result['peers'][peer])}",
+            f"**{result['ratio']:.2f}x**",
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    models = [r for r in out["results"] if "model" in r]
+    if models:
+        lines += [
+            "",
+            "| model | dtype | threads | dense | reduced | speed-up | FLOPs-ideal | expected |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+    for r in models:
+        cells = (
+            f"{r['model']}, {r['method']} {r['setting']}, batch {r['batch']}",
+            *(r["dtype"], r["threads"], _ms(r["dense_ms"]), _ms(r["ours_ms"])),
+            *(f"**{r['speedup']:.2f}x**", f"{r['ideal_speedup']:.2f}x", f"{r['expected_speedup']:.2f}x"),
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def write_readme(out: dict, path: Path) -> None:
+    """Replace what lies between the markers of README.md by the table of this run."""
+    text = path.read_text()
+    if BEGIN not in text or END not in text:
+        raise SystemExit(f"benchmarks: {path.name} has no lines {BEGIN!r} and {END!r}")
+    head, rest = text.split(BEGIN, 1)
+    path.write_text(f"{head}{BEGIN}\n{_markdown(out)}\n{END}{rest.split(END, 1)[1]}")

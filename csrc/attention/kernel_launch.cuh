@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which engine serves which dtype and head width, and the launches of every op. `launch` is the Launcher of
+// common/launch.h, or the one of the host model in the tests.
+#pragma once
+
+#include <type_traits>
+
+#include "kernel.cuh"
+
+namespace tokenprune::attention {
+
+constexpr int64_t kMostDim = 128;
+
+// float and double: tiles whose shared memory fits every supported card (99 KB) in all kernels.
+template <typename T, typename F>
+void visit_fma_tile(int64_t dim, F&& f) {
+  constexpr int kSmall = sizeof(T) == 8 ? 32 : 64;
+  if (dim <= 32) return f.template operator()<FmaTile<T, 2, kSmall>>();
+  if (dim <= 64) return f.template operator()<FmaTile<T, 4, kSmall>>();
+  if (dim <= 96) return f.template operator()<FmaTile<T, 6, kSmall / 2>>();
+  f.template operator()<FmaTile<T, 8, kSmall / 2>>();
+}
+
+// Calls f<Tile>() with the engine for head width `dim`. 16-bit tiles have 64 columns up to a width of WideUpTo and 32
+// above, where the accumulators need the registers. All widths that vision transformers use are exact when `Exact`;
+// ops where speed matters less have fewer kernels.
+template <typename T, int WideUpTo, bool Exact, typename F>
+void visit_tile(int64_t dim, F&& f) {
+  if constexpr (sizeof(T) >= 4) {
+    visit_fma_tile<T>(dim, f);
+  } else {
+    const auto with = [&]<int Dim>() { f.template operator()<MmaTile<T, Dim, (Dim <= WideUpTo ? 64 : 32)>>(); };
+    if constexpr (Exact) {
+      if (dim <= 32) return with.template operator()<32>();
+      if (dim > 32 && dim <= 48) return with.template operator()<48>();
+      if (dim > 64 && dim <= 80) return with.template operator()<80>();
+      if (dim > 64 && dim <= 96) return with.template operator()<96>();
+    }
+    if (dim <= 64) return with.template operator()<64>();
+    with.template operator()<128>();
+  }
+}
+
+inline int blocks_of(int64_t rows, int per_block) {
+  const int64_t blocks = (rows + per_block - 1) / per_block;
+  return blocks < 1 ? 1 : static_cast<int>(blocks);
+}
+
+// Blocks for every sequence and for the slots behind the last one.
+inline dim3 sequence_grid(const AttentionParams& p, int blocks) {
+  return dim3(static_cast<unsigned>(blocks * (p.batch + 1)), static_cast<unsigned>(p.heads));
+}
+
+template <typename T, typename Launch>
+void launch_forward(const Launch& launch, const AttentionParams& p) {
+  if (p.heads == 0 || (p.total_q == 0 && p.cls == nullptr)) return;
+  visit_tile<T, 128, true>(p.dim, [&]<typename Tile>() {
+    const int blocks = blocks_of(p.max_q, Tile::kRows);
+    launch(&sparse_attention_kernel<Tile>, sequence_grid(p, blocks), kThreads, ForwardLayout<Tile>::kBytes, p, blocks);
+  });
+}
+
+// attention_scores when p.scores is set, otherwise attention_scores_grad_lse.
+template <typename T, typename Launch>
+void launch_scores(const Launch& launch, const AttentionParams& p) {
+  const bool keys_own = p.scores != nullptr;
+  if (p.heads == 0 || (keys_own ? p.total_k : p.total_q) == 0) return;
+  visit_tile<T, 128, false>(p.dim, [&]<typename Tile>() {
+    const int blocks = blocks_of(keys_own ? p.max_k : p.max_q, Tile::kRows);
+    launch(keys_own ? &attention_scores_kernel<Tile, true> : &attention_scores_kernel<Tile, false>,
+           sequence_grid(p, blocks), kThreads, ScoreLayout<Tile>::kBytes, p, blocks);
+  });
+}
+
+// delta: workspace [heads, total_q] stat dtype.
+template <typename T, typename Launch>
+void launch_backward(const Launch& launch, const AttentionParams& p, void* delta) {
+  if (p.heads == 0) return;
+  if (p.total_q > 0) {
+    const int64_t warps = kThreads / 32;
+    launch(&attention_delta_kernel<T>, dim3(static_cast<unsigned>((p.total_q * p.heads + warps - 1) / warps)), kThreads,
+           0, p, delta);
+    visit_tile<T, 96, true>(p.dim, [&]<typename Tile>() {
+      const int blocks = blocks_of(p.max_q, Tile::kRows);
+      launch(&attention_grad_query_kernel<Tile>, sequence_grid(p, blocks), kThreads, GradQueryLayout<Tile>::kBytes, p,
+             delta, blocks);
+    });
+  }
+  if (p.total_k == 0) return;
+  visit_tile<T, 64, true>(p.dim, [&]<typename Tile>() {
+    const int blocks = blocks_of(p.max_k, Tile::kRows);
+    launch(&attention_grad_key_kernel<Tile>, sequence_grid(p, blocks), kThreads, GradKeyLayout<Tile>::kBytes, p, delta,
+           blocks);
+  });
+}
+
+inline dim3 policy_grid(const PolicyParams& p, int blocks) {
+  return dim3(static_cast<unsigned>(blocks * p.batch), static_cast<unsigned>(p.heads));
+}
+
+// workspace.value_sum [batch, heads, dim] when eps is not 0, otherwise null.
+template <typename T, typename Launch>
+void launch_policy(const Launch& launch, const PolicyParams& p, const PolicyWorkspace& w) {
+  if (p.batch * p.tokens * p.heads == 0) return;
+  if (w.value_sum != nullptr && p.dim > 0) {
+    launch(&policy_value_sum_kernel<T>, dim3(static_cast<unsigned>(p.batch * p.heads)), kThreads, 0, p, w);
+  }
+  visit_tile<T, 128, false>(p.dim, [&]<typename Tile>() {
+    const int blocks = blocks_of(p.tokens, Tile::kRows);
+    launch(&policy_attention_kernel<Tile>, policy_grid(p, blocks), kThreads, PolicyForwardLayout<Tile>::kBytes, p, w,
+           blocks);
+  });
+}
+
+template <typename T, typename Launch>
+void launch_policy_backward(const Launch& launch, const PolicyParams& p, const PolicyWorkspace& w) {
+  if (p.batch * p.tokens * p.heads == 0) return;
+  if (w.value_sum != nullptr && p.dim > 0) {
+    launch(&policy_value_sum_kernel<T>, dim3(static_cast<unsigned>(p.batch * p.heads)), kThreads, 0, p, w);
+  }
+  const int64_t rows = p.batch * p.heads * p.tokens, warps = kThreads / 32;
+  launch(&policy_row_kernel<T>, dim3(static_cast<unsigned>((rows + warps - 1) / warps)), kThreads, 0, p, w);
+  visit_tile<T, 64, false>(p.dim, [&]<typename Tile>() {
+    const int blocks = blocks_of(p.tokens, Tile::kRows);
+    launch(&policy_grad_query_kernel<Tile>, policy_grid(p, blocks), kThreads, PolicyGradQueryLayout<Tile>::kBytes, p, w,
+           blocks);
+    launch(&policy_grad_key_kernel<Tile>, policy_grid(p, blocks), kThreads, PolicyGradKeyLayout<Tile>::kBytes, p, w,
+           blocks);
+  });
+}
+
+}  // namespace tokenprune::attention

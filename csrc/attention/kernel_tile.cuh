@@ -1,0 +1,443 @@
+// SPDX-License-Identifier: Apache-2.0
+// The two tile engines of the attention kernels and the loop that streams tiles through shared memory.
+//
+// Every kernel has the same shape: a block of 128 threads owns some rows (queries or keys), streams tiles of the other
+// side past them, forms scores = own . other^T, turns them into weights and sums weights x other. An engine says how
+// a tile product is computed and which elements of it a thread holds:
+//   MmaTile  bf16 and fp16: tensor cores, 4 warps x 16 rows, everything between the products stays in registers
+//   FmaTile  float and double: multiply-add on register tiles, weights pass through shared memory
+// Both keep all elements of a score row inside one warp, so rows need shuffles only, no barrier.
+#pragma once
+
+#include "../common/cuda.h"
+#include "params.h"
+
+namespace tokenprune::attention {
+
+constexpr int kThreads = 128;
+
+template <typename S>
+constexpr S kInfinity = static_cast<S>(__builtin_huge_val());
+constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.6931471805599453094;
+
+__device__ __forceinline__ float max_of(float a, float b) { return fmaxf(a, b); }
+__device__ __forceinline__ double max_of(double a, double b) { return fmax(a, b); }
+__device__ __forceinline__ float log2_of(float v) { return log2f(v); }
+__device__ __forceinline__ double log2_of(double v) { return log2(v); }
+
+// ---- engines -------------------------------------------------------------------------------------------------------
+
+// Scores: 64 own rows x Columns; sums: 64 x Dim. Thread slots follow the accumulator layout of mma (common/cuda.h).
+template <typename T, int Dim, int Columns>
+struct MmaTile {
+  using Value = T;
+  using Stat = float;
+  static constexpr int kRows = 64, kCols = Columns, kDim = Dim, kStages = 2, kScratch = 0;
+  static constexpr int kPitch = Dim + 8;  // an odd number of 16-byte units: ldmatrix is free of bank conflicts
+  static constexpr int kRowSlots = 2, kColSlots = Columns / 4, kDimSlots = Dim / 4;
+  static_assert(Dim % 16 == 0 && Columns % 16 == 0);
+
+  template <int N>
+  struct Fragments {
+    float c[N / 8][4];
+    __device__ __forceinline__ float& at(int i, int j) { return c[j / 2][2 * i + j % 2]; }
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+      for (int n = 0; n < N / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) c[n][i] = 0;
+      }
+    }
+  };
+  using Scores = Fragments<Columns>;
+  using Sums = Fragments<Dim>;
+
+  static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % 32; }
+  static __device__ __forceinline__ int warp_row() { return static_cast<int>(threadIdx.x) / 32 * 16; }
+  static __device__ __forceinline__ int row(int i) { return warp_row() + lane() / 4 + 8 * i; }
+  static __device__ __forceinline__ int col(int j) { return j / 2 * 8 + lane() % 4 * 2 + j % 2; }
+  static __device__ __forceinline__ int dim_of(int j) { return col(j); }
+
+  static __device__ __forceinline__ float row_max(float v) {
+    v = fmaxf(v, warp_shuffle_xor(v, 1));
+    return fmaxf(v, warp_shuffle_xor(v, 2));
+  }
+  static __device__ __forceinline__ float row_sum(float v) {
+    v += warp_shuffle_xor(v, 1);
+    return v + warp_shuffle_xor(v, 2);
+  }
+  static __device__ __forceinline__ void row_argmax(float& v, int& index) {
+#pragma unroll
+    for (int mask = 1; mask <= 2; mask *= 2) keep_larger(v, index, warp_shuffle_xor(v, mask), warp_shuffle_xor(index, mask));
+  }
+  static __device__ __forceinline__ void keep_larger(float& v, int& index, float v2, int index2) {
+    if (v2 > v || (v2 == v && index2 < index)) v = v2, index = index2;
+  }
+
+  // s = own . other^T
+  static __device__ __forceinline__ void dot(Scores& s, const T* own, const T* other, int) {
+    s.clear();
+    const int l = lane();
+    const T* a_row = own + (warp_row() + l % 16) * kPitch + l / 16 * 8;
+    const T* b_row = other + (l / 16 * 8 + l % 8) * kPitch + l / 8 % 2 * 8;
+#pragma unroll
+    for (int k = 0; k < Dim; k += 16) {
+      uint32_t a[4];
+      load_matrix_x4(a, a_row + k);
+#pragma unroll
+      for (int n = 0; n < Columns; n += 16) {
+        uint32_t b[4];
+        load_matrix_x4(b, b_row + n * kPitch + k);
+        mma_16x8x16<T>(s.c[n / 8], a, b);
+        mma_16x8x16<T>(s.c[n / 8 + 1], a, b + 2);
+      }
+    }
+  }
+
+  // sums += weights x other
+  static __device__ __forceinline__ void accumulate(Sums& sums, Scores& weights, const T* other, void*) {
+    const int l = lane();
+    const T* b_row = other + l % 16 * kPitch + l / 16 * 8;
+#pragma unroll
+    for (int k = 0; k < Columns; k += 16) {
+      const float *low = weights.c[k / 8], *high = weights.c[k / 8 + 1];
+      const uint32_t a[4] = {pack_pair<T>(low[0], low[1]), pack_pair<T>(low[2], low[3]),
+                             pack_pair<T>(high[0], high[1]), pack_pair<T>(high[2], high[3])};
+#pragma unroll
+      for (int n = 0; n < Dim; n += 16) {
+        uint32_t b[4];
+        load_matrix_x4_trans(b, b_row + k * kPitch + n);
+        mma_16x8x16<T>(sums.c[n / 8], a, b);
+        mma_16x8x16<T>(sums.c[n / 8 + 1], a, b + 2);
+      }
+    }
+  }
+
+  // Rows 0 .. rows - 1 of the block, times their factor, to `to` + row * stride. `own`: the block's own tile, free by
+  // now; a warp touches only its 16 rows of it.
+  static __device__ __forceinline__ void store(Sums& sums, const float* factor, T* own, T* to, int64_t stride,
+                                               int rows, int dim) {
+    warp_sync();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int j = 0; j < kDimSlots; j += 2) {
+        const uint32_t pair = pack_pair<T>(sums.at(i, j) * factor[i], sums.at(i, j + 1) * factor[i]);
+        *reinterpret_cast<uint32_t*>(own + row(i) * kPitch + dim_of(j)) = pair;
+      }
+    }
+    warp_sync();
+    const int first = warp_row(), count = rows - first < 16 ? rows - first : 16;
+    const bool packs = packable<T>(to, stride) && dim % 8 == 0;
+    const int unit = packs ? 8 : 1, per_row = dim / unit;
+    for (int c = lane(); c < count * per_row; c += 32) {
+      const int r = first + c / per_row, d = c % per_row * unit;
+      if (packs) {
+        store_pack(to + r * stride + d, load_pack<8>(own + r * kPitch + d));
+      } else {
+        to[r * stride + d] = own[r * kPitch + d];
+      }
+    }
+  }
+};
+
+// Scores: Rows x Rows, sums: Rows x 16 * DimSlots. 8 x 16 threads; a thread holds Rows / 8 rows and Rows / 16 columns.
+template <typename T, int DimSlots, int Rows>
+struct FmaTile {
+  using Value = T;
+  using Stat = T;
+  static constexpr int kUnit = kPack<T>;
+  static constexpr int kRows = Rows, kCols = Rows, kDim = 16 * DimSlots, kStages = 1;
+  static constexpr int kPitch = kDim + kUnit, kWeightPitch = Rows + kUnit;  // odd numbers of 16-byte units
+  static constexpr int kScratch = Rows * kWeightPitch * static_cast<int>(sizeof(T));
+  static constexpr int kRowSlots = Rows / 8, kColSlots = Rows / 16, kDimSlots = DimSlots;
+  static constexpr int kGroup = DimSlots % kUnit == 0 ? kUnit : DimSlots % 2 == 0 ? 2 : 1;  // dims side by side
+
+  template <int N>
+  struct Fragments {
+    T c[kRowSlots][N];
+    __device__ __forceinline__ T& at(int i, int j) { return c[i][j]; }
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+      for (int i = 0; i < kRowSlots; ++i) {
+#pragma unroll
+        for (int j = 0; j < N; ++j) c[i][j] = 0;
+      }
+    }
+  };
+  using Scores = Fragments<kColSlots>;
+  using Sums = Fragments<DimSlots>;
+
+  static __device__ __forceinline__ int tx() { return static_cast<int>(threadIdx.x) % 16; }
+  static __device__ __forceinline__ int ty() { return static_cast<int>(threadIdx.x) / 16; }
+  static __device__ __forceinline__ int warp_row() { return static_cast<int>(threadIdx.x) / 32 * 2 * kRowSlots; }
+  static __device__ __forceinline__ int row(int i) { return ty() * kRowSlots + i; }
+  static __device__ __forceinline__ int col(int j) { return tx() + 16 * j; }
+  static __device__ __forceinline__ int dim_of(int j) { return (j / kGroup * 16 + tx()) * kGroup + j % kGroup; }
+
+  static __device__ __forceinline__ T row_max(T v) {
+#pragma unroll
+    for (int mask = 1; mask < 16; mask *= 2) v = max_of(v, warp_shuffle_xor(v, mask));
+    return v;
+  }
+  static __device__ __forceinline__ T row_sum(T v) {
+#pragma unroll
+    for (int mask = 1; mask < 16; mask *= 2) v += warp_shuffle_xor(v, mask);
+    return v;
+  }
+  static __device__ __forceinline__ void row_argmax(T& v, int& index) {
+#pragma unroll
+    for (int mask = 1; mask < 16; mask *= 2) keep_larger(v, index, warp_shuffle_xor(v, mask), warp_shuffle_xor(index, mask));
+  }
+  static __device__ __forceinline__ void keep_larger(T& v, int& index, T v2, int index2) {
+    if (v2 > v || (v2 == v && index2 < index)) v = v2, index = index2;
+  }
+
+  static __device__ __forceinline__ void dot(Scores& s, const T* own, const T* other, int dim) {
+    s.clear();
+    const T *a_row = own + row(0) * kPitch, *b_row = other + tx() * kPitch;
+#pragma unroll 2
+    for (int k = 0; k < dim; k += kUnit) {
+      Pack<T, kUnit> a[kRowSlots], b[kColSlots];
+#pragma unroll
+      for (int i = 0; i < kRowSlots; ++i) a[i] = load_pack<kUnit>(a_row + i * kPitch + k);
+#pragma unroll
+      for (int j = 0; j < kColSlots; ++j) b[j] = load_pack<kUnit>(b_row + 16 * j * kPitch + k);
+#pragma unroll
+      for (int u = 0; u < kUnit; ++u) {
+#pragma unroll
+        for (int i = 0; i < kRowSlots; ++i) {
+#pragma unroll
+          for (int j = 0; j < kColSlots; ++j) s.c[i][j] += a[i].v[u] * b[j].v[u];
+        }
+      }
+    }
+  }
+
+  // The weights of a row are written and read by the same half warp.
+  static __device__ __forceinline__ void accumulate(Sums& sums, Scores& weights, const T* other, void* scratch) {
+    T* w = static_cast<T*>(scratch) + row(0) * kWeightPitch;
+    warp_sync();
+#pragma unroll
+    for (int i = 0; i < kRowSlots; ++i) {
+#pragma unroll
+      for (int j = 0; j < kColSlots; ++j) w[i * kWeightPitch + col(j)] = weights.c[i][j];
+    }
+    warp_sync();
+#pragma unroll 1
+    for (int k = 0; k < kCols; k += kUnit) {
+      Pack<T, kUnit> a[kRowSlots];
+#pragma unroll
+      for (int i = 0; i < kRowSlots; ++i) a[i] = load_pack<kUnit>(w + i * kWeightPitch + k);
+#pragma unroll
+      for (int u = 0; u < kUnit; ++u) {
+#pragma unroll
+        for (int j = 0; j < DimSlots; j += kGroup) {
+          const Pack<T, kGroup> b = load_pack<kGroup>(other + (k + u) * kPitch + dim_of(j));
+#pragma unroll
+          for (int i = 0; i < kRowSlots; ++i) {
+#pragma unroll
+            for (int g = 0; g < kGroup; ++g) sums.c[i][j + g] += a[i].v[u] * b.v[g];
+          }
+        }
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void store(Sums& sums, const T* factor, T*, T* to, int64_t stride, int rows,
+                                               int dim) {
+#pragma unroll
+    for (int i = 0; i < kRowSlots; ++i) {
+      if (row(i) < rows) {
+#pragma unroll
+        for (int j = 0; j < DimSlots; ++j) {
+          if (dim_of(j) < dim) to[row(i) * stride + dim_of(j)] = sums.c[i][j] * factor[i];
+        }
+      }
+    }
+  }
+};
+
+// ---- sequences -----------------------------------------------------------------------------------------------------
+
+// blockIdx.x counts the row blocks of all sequences, and as many again for the slots behind the last sequence.
+struct Place {
+  int64_t sequence;
+  int block, blocks, head;
+};
+__device__ __forceinline__ Place place_of(int blocks) {
+  return {static_cast<int64_t>(blockIdx.x) / blocks, static_cast<int>(blockIdx.x % blocks), blocks,
+          static_cast<int>(blockIdx.y)};
+}
+
+struct Range {
+  int64_t begin;
+  int count;
+};
+__device__ __forceinline__ int64_t clamp_to(int64_t v, int64_t low, int64_t high) {
+  return v < low ? low : v > high ? high : v;
+}
+// Wrong contents of cu_seqlens stay inside the buffers.
+__device__ __forceinline__ Range range_of(const int32_t* cu, int64_t sequence, int64_t total) {
+  const int64_t begin = clamp_to(cu[sequence], 0, total), end = clamp_to(cu[sequence + 1], begin, total);
+  return {begin, static_cast<int>(end - begin)};
+}
+
+// Slots of no sequence: the blocks of one head share [cu[batch], total).
+template <typename S>
+__device__ __forceinline__ void fill_stats(S* stats, S value, int64_t begin, int64_t end, const Place& place) {
+  for (int64_t i = begin + place.block * kThreads + threadIdx.x; i < end; i += place.blocks * kThreads) stats[i] = value;
+}
+template <typename T>
+__device__ __forceinline__ void clear_rows(T* rows, int64_t stride, int dim, int64_t begin, int64_t end,
+                                           const Place& place) {
+  for (int64_t i = begin + place.block; i < end; i += place.blocks) {
+    for (int d = static_cast<int>(threadIdx.x); d < dim; d += kThreads) rows[i * stride + d] = from_acc<T>(0);
+  }
+}
+
+// ---- operands and streaming ----------------------------------------------------------------------------------------
+
+// One head of a row buffer. Packed position i of the batch lies in row index[i], or in row i without an index; a
+// row outside the buffer reads as zeros.
+template <typename T>
+struct Operand {
+  const T* base;
+  int64_t stride, rows;
+  const int32_t* index;
+  bool packs;
+
+  Operand() = default;  // the absent second one
+  __device__ __forceinline__ Operand(const Rows& r, int64_t offset, const int32_t* index_, int64_t dim)
+      : base(static_cast<const T*>(r.data) + offset),
+        stride(r.row_stride),
+        rows(r.data == nullptr ? 0 : r.rows),
+        index(index_),
+        packs(packable<T>(base, r.row_stride) && dim % kPack<T> == 0) {}
+
+  __device__ __forceinline__ int row_of(int64_t position) const {
+    const int64_t row = index != nullptr ? index[position] : position;
+    return row >= 0 && row < rows ? static_cast<int>(row) : -1;
+  }
+};
+
+// The rows of packed positions [begin + first, begin + count) of one or two operands. Two members, not an array: arrays
+// of structs end up in local memory.
+template <typename T, int N>
+struct Side {
+  Operand<T> a, b;
+  int64_t begin;
+  int first, count;
+
+  // Row of slot `slot` (operand slot / kTileRows) in the tile that starts at position `start`; -1: none.
+  template <int kTileRows>
+  __device__ __forceinline__ int row_of(int slot, int start) const {
+    const int position = start + slot % kTileRows;
+    if (position >= count) return -1;
+    if (N == 2 && slot >= kTileRows) return b.row_of(begin + position);
+    return a.row_of(begin + position);
+  }
+};
+
+// Shared memory of a kernel whose block owns Own tiles and streams Streamed tiles with one Column record per row.
+template <typename Tile, int Own, int Streamed, typename Column>
+struct SharedLayout {
+  using T = typename Tile::Value;
+  static constexpr int kOwnTile = Tile::kRows * Tile::kPitch, kTile = Tile::kCols * Tile::kPitch;
+  static constexpr int kScratchAt = (Own * kOwnTile + Tile::kStages * Streamed * kTile) * static_cast<int>(sizeof(T));
+  static constexpr int kColumnsAt = kScratchAt + Tile::kScratch;
+  static constexpr int kRowsAt = kColumnsAt + 2 * Tile::kCols * static_cast<int>(sizeof(Column));
+  static constexpr int kOwnRows = Own * Tile::kRows, kTileRows = Streamed * Tile::kCols;
+  static constexpr int kBytes = kRowsAt + (kOwnRows + 2 * kTileRows) * 4;
+  static_assert(kOwnRows <= kThreads && kTileRows <= kThreads && kScratchAt % 16 == 0);
+
+  unsigned char* memory;
+  __device__ __forceinline__ T* own(int n) const { return reinterpret_cast<T*>(memory) + n * kOwnTile; }
+  __device__ __forceinline__ T* tile(int stage) const { return own(Own) + stage * Streamed * kTile; }
+  __device__ __forceinline__ void* scratch() const { return memory + kScratchAt; }
+  __device__ __forceinline__ Column* columns(int parity) const {
+    return reinterpret_cast<Column*>(memory + kColumnsAt) + parity * Tile::kCols;
+  }
+  __device__ __forceinline__ int32_t* own_rows() const { return reinterpret_cast<int32_t*>(memory + kRowsAt); }
+  __device__ __forceinline__ int32_t* tile_rows(int parity) const { return own_rows() + kOwnRows + parity * kTileRows; }
+};
+
+template <typename Tile, int TileRows, typename T>
+__device__ __forceinline__ void issue_tile(T* tile, const Operand<T>& source, const int32_t* rows, int dim) {
+  if (source.packs) {
+    constexpr int kUnit = kPack<T>, kUnits = Tile::kDim / kUnit;
+#pragma unroll
+    for (int c = static_cast<int>(threadIdx.x); c < TileRows * kUnits; c += kThreads) {
+      const int r = c / kUnits, d = c % kUnits * kUnit, row = rows[r];
+      const bool valid = row >= 0 && d < dim;
+      copy_async<16>(tile + r * Tile::kPitch + d, source.base + (valid ? row * source.stride + d : 0), valid);
+    }
+  } else {
+#pragma unroll 1
+    for (int e = static_cast<int>(threadIdx.x); e < TileRows * Tile::kDim; e += kThreads) {
+      const int r = e / Tile::kDim, d = e % Tile::kDim, row = rows[r];
+      const bool valid = row >= 0 && d < dim;
+      tile[r * Tile::kPitch + d] = valid ? source.base[row * source.stride + d] : from_acc<T>(0);
+    }
+  }
+}
+
+// Loads the own tiles, then calls body(tile number, streamed tiles, columns) for each tile of `other`. Copies run one
+// tile ahead with two stages; the row numbers they need and the columns are fetched to registers before the body and
+// stored behind it, so no load is waited for. column_at(position) gives the record of a position (also past the end).
+template <typename Tile, typename Layout, int Own, int Streamed, typename ColumnAt, typename Body>
+__device__ __forceinline__ void stream_tiles(const Layout& shared, const Side<typename Tile::Value, Own>& own,
+                                             const Side<typename Tile::Value, Streamed>& other, int dim,
+                                             ColumnAt column_at, Body body) {
+  constexpr int kCols = Tile::kCols, kAhead = Tile::kStages;
+  const int thread = static_cast<int>(threadIdx.x), tiles = (other.count + kCols - 1) / kCols;
+  const auto issue = [&](int tile) {
+    typename Tile::Value* to = shared.tile(tile % Tile::kStages);
+    const int32_t* rows = shared.tile_rows(tile % 2);
+    issue_tile<Tile, kCols>(to, other.a, rows, dim);
+    if constexpr (Streamed == 2) issue_tile<Tile, kCols>(to + Layout::kTile, other.b, rows + kCols, dim);
+    copy_async_commit();
+  };
+
+  if (thread < Layout::kOwnRows) {
+    shared.own_rows()[thread] = own.template row_of<Tile::kRows>(thread, own.first);
+  }
+  if (thread < Layout::kTileRows) {
+#pragma unroll
+    for (int tile = 0; tile < kAhead; ++tile) {
+      shared.tile_rows(tile)[thread] = other.template row_of<kCols>(thread, tile * kCols);
+    }
+  }
+  if (thread < kCols) shared.columns(0)[thread] = column_at(thread);
+  __syncthreads();
+  issue_tile<Tile, Tile::kRows>(shared.own(0), own.a, shared.own_rows(), dim);
+  if constexpr (Own == 2) {
+    issue_tile<Tile, Tile::kRows>(shared.own(1), own.b, shared.own_rows() + Tile::kRows, dim);
+  }
+  copy_async_commit();
+  if (tiles > 0) issue(0);
+
+#pragma unroll 1
+  for (int tile = 0; tile < tiles; ++tile) {
+    copy_async_wait<0>();
+    __syncthreads();
+    if (kAhead == 2 && tile + 1 < tiles) issue(tile + 1);
+    const int next_row = thread < Layout::kTileRows
+                             ? other.template row_of<kCols>(thread, (tile + kAhead) * kCols)
+                             : -1;
+    const auto next_column = column_at((tile + 1) * kCols + thread % kCols);
+    body(tile, shared.tile(tile % Tile::kStages), shared.columns(tile % 2));
+    if (thread < Layout::kTileRows) shared.tile_rows((tile + kAhead) % 2)[thread] = next_row;
+    if (thread < kCols) shared.columns((tile + 1) % 2)[thread] = next_column;
+    if (kAhead == 1 && tile + 1 < tiles) {
+      __syncthreads();
+      issue(tile + 1);
+    }
+  }
+  if (tiles == 0) {  // nobody waited for the own tiles yet
+    copy_async_wait<0>();
+    __syncthreads();
+  }
+}
+
+}  // namespace tokenprune::attention

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+// Building blocks of the CPU attention kernels: packing rows of one head, and strips of query rows.
+#pragma once
+
+#include "../common/pack.h"
+#include "params.h"
+
+namespace tokenprune {
+inline namespace TOKENPRUNE_ISA {
+
+constexpr int64_t kStrip = 48;       // query rows per strip: 8 register tiles
+constexpr int64_t kKeyBlock = 1024;  // most keys per online-softmax step: strip of scores <= 192 KiB
+
+template <typename T>
+RowView<T> head_rows(const Rows& r, int64_t head, int64_t first, const int32_t* index) {
+  return {static_cast<const T*>(r.data) + head * r.head_stride, r.row_stride, first, r.rows, index};
+}
+
+// s[j] = s[j] * factor + bias[j]; returns the largest. Columns are padded with bias -inf.
+template <typename C>
+C scale_and_max(C* s, const C* bias, C factor, int64_t padded) {
+  constexpr int w = kLanes<C>;
+  Vec<C> best = splat<C>(kNegInf<C>);
+  for (int64_t j = 0; j < padded; j += w) {
+    const Vec<C> x = load(s + j) * factor + load(bias + j);
+    store(s + j, x);
+    best = vmax<C>(best, x);
+  }
+  return reduce_max<C>(best);
+}
+
+// to[j] = exp2(s[j] - shift), rounded to the type of `to` (s itself, or bfloat16); returns the sum before rounding.
+template <typename T, typename C>
+C exp_and_sum(const C* s, C shift, int64_t padded, T* to) {
+  constexpr int w = kLanes<C>;
+  Vec<C> sum{};
+  for (int64_t j = 0; j < padded; j += w) {
+    const Vec<C> p = exp2v(load(s + j) - shift);
+    store_narrow<T>(to + j, p);
+    sum += p;
+  }
+  return reduce_add<C>(sum);
+}
+
+// Per-key bias in the log2 domain, padded with -inf.
+template <typename C>
+void fill_bias(const AttentionParams& p, int64_t first, int64_t n, int64_t padded, C* out) {
+  const C* bias = static_cast<const C*>(p.key_bias);
+  for (int64_t j = 0; j < n; ++j) out[j] = bias == nullptr ? C(0) : bias[first + j] * C(kLog2E);
+  for (int64_t j = n; j < padded; ++j) out[j] = kNegInf<C>;
+}
+
+struct Span {
+  int64_t sequence, head, q0, nq, k0, nk;
+};
+
+// Bounds of one (sequence, head). Contents were checked before; clamping keeps any content memory-safe.
+inline Span span_of(const AttentionParams& p, int64_t item) {
+  Span s;
+  s.sequence = item / p.heads, s.head = item % p.heads;
+  s.q0 = p.cu_q[s.sequence], s.nq = p.cu_q[s.sequence + 1] - s.q0;
+  s.k0 = p.cu_k[s.sequence], s.nk = p.cu_k[s.sequence + 1] - s.k0;
+  return s;
+}
+
+}  // namespace TOKENPRUNE_ISA
+}  // namespace tokenprune

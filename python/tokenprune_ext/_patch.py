@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Put a token-reduction method into a model of another library, take it out again, and look at what it does."""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import reducers
+from .integrations import adapters
+from .nn import TokenState
+
+_NAME = "token_reducer"
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """What a layer did to the tokens.
+
+    Attributes:
+        layer: number of the layer.
+        tokens: int32 ``[B]``, tokens of each image that passed the MLP.
+        attention_tokens: int32 ``[B]``, tokens of each image that took part in attention.
+        index: int32 ``[B, n]`` or packed ``[T]``: the original patch of each of them (-1: prefix or fused token).
+        cu_seqlens: int32 ``[B + 1]``, starts of the images in a packed ``index``, otherwise None.
+        parent: int32 ``[B, N0]``: row of every original token (prefix included) behind the layer, -1 = dropped.
+    """
+
+    layer: int
+    tokens: Tensor
+    attention_tokens: Tensor
+    index: Tensor
+    cu_seqlens: Tensor | None
+    parent: Tensor
+
+
+def patch(model: nn.Module, method: str | reducers.Reducer = "tome", **options) -> nn.Module:
+    """Reduce tokens in a vision transformer of another library (timm so far), in place.
+
+    The method becomes the submodule ``token_reducer``, so that learned parts train and are saved with the model.
+
+    Args:
+        model: a supported model, or a module that contains exactly one.
+        method: name of a method (``tokenprune_ext.reducers.names()``), or a finished reducer.
+        options: of the method, e.g. ``r=8`` for ``"tome"``, ``keep=0.7`` for ``"evit"``.
+
+    Returns:
+        ``model``, for chaining.
+
+    Raises:
+        ValueError: nothing or several models found, an unknown component, method or option, or already patched.
+
+    Example:
+        >>> model = timm.create_model("deit_small_patch16_224")  # doctest: +SKIP
+        >>> tokenprune_ext.patch(model, "tome", r=13)  # doctest: +SKIP
+    """
+    found = [(adapter, name, part) for adapter in adapters() for name, part in adapter.find(model)]
+    if len(found) != 1:
+        names = [name or type(part).__name__ for _, name, part in found]
+        raise ValueError(f"patch: model must hold exactly one supported vision transformer, got {names or type(model).__name__}")
+    adapter, _, part = found[0]
+    if hasattr(part, _NAME):
+        raise ValueError(f"patch: model must not be patched already, got one with {type(part.token_reducer).__name__}: unpatch it first")
+    adapter.check(part)
+    reducer = reducers.create(method, adapter.facts(part), **options)
+    anchor = next(part.parameters())
+    part.add_module(_NAME, reducer.to(device=anchor.device, dtype=anchor.dtype).train(part.training))
+    for name, function in adapter.methods(part).items():
+        setattr(part, name, function)
+    return model
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Undo :func:`patch`.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    adapter, part = _patched("unpatch", model)
+    for name in adapter.methods(part):
+        delattr(part, name)
+    delattr(part, _NAME)
+    return model
+
+
+@contextmanager
+def patched(model: nn.Module, method: str | reducers.Reducer = "tome", **options):
+    """:func:`patch` for the length of a ``with`` block."""
+    try:
+        yield patch(model, method, **options)
+    finally:
+        unpatch(model)
+
+
+def features(model: nn.Module, images: Tensor, *, trace: bool = False, carry: dict | None = None) -> tuple[Tensor, TokenState]:
+    """Features of a patched model together with the state of their tokens (for losses, restoring, pictures).
+
+    Args:
+        model: patched.
+        images: ``[B, 3, H, W]``.
+        trace: follow the tokens (``state.index``, ``state.carry["parent"]``), which ``restore`` may need.
+        carry: tensors for the method, e.g. given noise.
+
+    Returns:
+        ``(features [B, n, C], state)``; ``model.forward_head(features)`` gives the logits,
+        ``model.token_reducer.losses(state)`` the training terms.
+    """
+    adapter, part = _patched("features", model)
+    return adapter.forward(part, images, trace=trace, carry=carry)
+
+
+@torch.no_grad()
+def trace(model: nn.Module, images: Tensor) -> list[LayerTrace]:
+    """Run a patched model and tell, layer by layer, which tokens it processed and where every patch went.
+
+    Args:
+        model: patched.
+        images: ``[B, 3, H, W]``.
+    """
+    adapter, part = _patched("trace", model)
+    record, after = [], []
+    adapter.forward(part, images, record=record, trace=True, each=lambda layer, x, state: after.append(state))
+    return [
+        LayerTrace(
+            step.layer,
+            step.mlp,
+            step.attention,
+            step.state.index,
+            step.state.cu_seqlens,
+            after[step.layer].carry["parent"],
+        )
+        for step in record
+    ]
+
+
+def _patched(caller, model):
+    for adapter in adapters():
+        for _, part in adapter.find(model):
+            if hasattr(part, _NAME):
+                return adapter, part
+    raise ValueError(f"{caller}: model must be patched (tokenprune_ext.patch), got {type(model).__name__}")

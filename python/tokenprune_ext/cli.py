@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``tokenprune``. Mistakes of the user give one clear line and exit code 2."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ._errors import UserError
+from ._version import __version__
+
+app = typer.Typer(
+    name="tokenprune",
+    help="Faster vision transformers by processing fewer tokens.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+JsonOption = Annotated[
+    str | None,
+    typer.Option(
+        "--json",
+        metavar="FILE",
+        help="Write the rows as JSON; '-' is standard output, with nothing else on it.",
+    ),
+]
+ModelOption = Annotated[str, typer.Option(help="A timm vision transformer.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Faster vision transformers by processing fewer tokens."""
+
+
+def write_json(data: object, target: str | None) -> None:
+    """Write JSON to a file or, for ``-``, to standard output; None writes nothing."""
+    if target is None:
+        return
+    text = json.dumps(data, indent=1)
+    if target == "-":
+        print(text)
+        return
+    try:
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        Path(target).write_text(text + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror or error}") from None
+
+
+def console_for(target: str | None) -> Console:
+    """Where tables go: to standard error when the JSON takes standard output."""
+    return Console(stderr=target == "-")
+
+
+@app.command()
+def demo(
+    image: Annotated[
+        str | None, typer.Option(help="Photograph to classify; default: the one that scikit-image ships.")
+    ] = None,
+    model: ModelOption = "deit_small_patch16_224",
+    pretrained: Annotated[
+        bool,
+        typer.Option("--pretrained", help="Download timm's weights; without a network seeded weights serve."),
+    ] = False,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="File with weights of the model (.pth or .safetensors).")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: all cores.")] = None,
+    device: Annotated[str, typer.Option(help="auto (a GPU when there is one), cpu or cuda.")] = "auto",
+    batch: Annotated[int, typer.Option(help="Copies of the photograph per forward pass.")] = 1,
+    seconds: Annotated[float, typer.Option(help="Time spent on measuring.")] = 10.0,
+    out: Annotated[str, typer.Option(help="Picture to write.")] = "out/demo.png",
+    json_file: JsonOption = None,
+) -> None:
+    """Run a ViT on a photograph: dense, with ToMe, EViT and threshold selection; print a table and write a
+    picture.
+
+    The table shows the tokens of every layer, GFLOPs (multiply-adds, as papers count), the latency of each,
+    the measured and the FLOPs-ideal speed-up over the dense model (which uses the same fused attention), and
+    the cosine similarity of the outputs. Without --pretrained or --checkpoint the weights are seeded random
+    numbers: speed is the same, but the outputs mean nothing.
+    """
+    from . import demo as demo_module
+
+    console = console_for(json_file)
+    options = demo_module.Options(
+        image, model, pretrained, checkpoint, dtype, threads, device, batch, seconds, out
+    )
+    result = demo_module.run(options, say=console.print)
+    demo_module.show(result, console)
+    write_json(result, json_file)
+
+
+@app.command()
+def flops(
+    model: ModelOption = "deit_small_patch16_224",
+    method: Annotated[str, typer.Option(help="Token-reduction method, or 'none'.")] = "tome",
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option", "-o", metavar="NAME=VALUE", help="Option of the method, such as r=13 or keep=0.7."
+        ),
+    ] = None,
+    image: Annotated[str | None, typer.Option(help="Photograph, for methods that choose by content.")] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Tokens of every layer and multiply-adds by part, dense and reduced."""
+    from . import demo as demo_module
+
+    result = demo_module.count(model, method, demo_module.parse_options(option or []), image)
+    demo_module.show_count(result, console_for(json_file))
+    write_json(result, json_file)
+
+
+@app.command()
+def env(json_file: JsonOption = None) -> None:
+    """Versions, loaded libraries or the reason why not, CPU capability, CUDA archs."""
+    from .collect_env import collect, render
+
+    info = collect()
+    if json_file != "-":
+        print(render(info))
+    write_json(info, json_file)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit code."""
+    # The common base of typer's usage errors, without naming typer's private module.
+    usage_errors = typer.BadParameter.__mro__[2]
+    try:
+        code = app(arguments, standalone_mode=False)
+    except UserError as error:
+        message = " ".join(str(error).split())
+    except usage_errors as error:
+        message = " ".join(error.format_message().split())
+    except (KeyboardInterrupt, typer.Abort):
+        print("tokenprune: interrupted", file=sys.stderr)
+        return 130
+    else:
+        return code if isinstance(code, int) else 0
+    if message:  # empty when the help was shown because no command was given
+        print(f"tokenprune: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

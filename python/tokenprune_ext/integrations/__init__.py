@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters to other libraries, one file each. A file added to this folder is found by itself.
+
+An adapter offers ``find(model) -> list[(name, module)]``: the parts it can patch; ``facts(module) -> dict``: what is
+known about one; ``check(module)``: raises ValueError for a component it does not know; and
+``forward(module, images, *, record, trace, state) -> (features, state)``: its features with the module's reducer.
+``methods(module) -> dict``: the functions to put on the module, by name.
+"""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+
+def adapters() -> list:
+    """The adapter modules."""
+    return [import_module(f"{__name__}.{info.name}") for info in iter_modules(__path__) if not info.name.startswith("_")]

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What models share: the token state and the branches of a pre-norm block."""
+
+from .block import AttentionBranch, BlockParts, BlockRecord, BlockRun, MlpBranch, gather_norm, run_block
+from .state import TokenState, pad_rows, row_positions, sequence_of_row, unpad_rows
+
+__all__ = [
+    "AttentionBranch",
+    "BlockParts",
+    "BlockRecord",
+    "BlockRun",
+    "MlpBranch",
+    "TokenState",
+    "gather_norm",
+    "pad_rows",
+    "row_positions",
+    "run_block",
+    "sequence_of_row",
+    "unpad_rows",
+]

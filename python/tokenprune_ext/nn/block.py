@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pre-norm transformer block taken apart, so that a method can step in anywhere without knowing the model.
+
+``x + scale(drop_path(core(norm(x))))`` twice: attention, then MLP. Branches only hold references to a block's own
+modules; they are cheap enough to be made at every forward, so later changes of the block (adapters, pruning of heads)
+are seen.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import attention_scores, gather_layer_norm, gather_tokens, sparse_attention
+from .state import TokenState, sequence_of_row
+
+_WANTS = (None, "key", "cls", "mean")
+
+
+class AttentionBranch:
+    """Sub-layer 1 of a block: ``branch(x, state)`` is ``scale(core(norm(x)))``, without the residual.
+
+    Args:
+        norm: LayerNorm before the attention.
+        qkv: projection ``[..., C] -> [..., 3 * num_heads * head_dim]``, columns ordered q, k, v, then by head.
+        proj: projection of the mixed values.
+        num_heads, head_dim: heads and their width.
+        scale: factor of the logits.
+        q_norm, k_norm: applied to each head's queries and keys.
+        out_norm: applied to the mixed values.
+        gate: linear layer on the block's normalised input; its sigmoid multiplies the mixed values.
+        proj_drop: dropout behind ``proj``.
+        attn_drop: dropout probability on the attention weights while training. Fused attention has none: refused.
+        layer_scale: applied to the branch (LayerScale, or the norm of a post-norm block).
+        drop_path: stochastic depth per image.
+    """
+
+    def __init__(
+        self,
+        norm: Callable,
+        qkv: Callable,
+        proj: Callable,
+        *,
+        num_heads: int,
+        head_dim: int,
+        scale: float | None = None,
+        q_norm: Callable | None = None,
+        k_norm: Callable | None = None,
+        out_norm: Callable | None = None,
+        gate: Callable | None = None,
+        proj_drop: Callable | None = None,
+        attn_drop: float = 0.0,
+        layer_scale: Callable | None = None,
+        drop_path: nn.Module | None = None,
+    ):
+        self.norm = norm
+        self._qkv, self._proj = qkv, proj
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.logit_scale = head_dim**-0.5 if scale is None else scale
+        self._q_norm, self._k_norm = q_norm, k_norm
+        self._out_norm, self._gate, self._proj_drop = out_norm, gate, proj_drop
+        self._attn_drop = attn_drop
+        self._layer_scale, self._drop_path = layer_scale, drop_path
+
+    def qkv(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised tokens ``[..., C]`` -> queries, keys, values, each ``[..., H, D]`` (views of one tensor)."""
+        q, k, v = self._qkv(z).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+        # A norm computes in float32 under autocast; attention takes one dtype.
+        q = q if self._q_norm is None else self._q_norm(q).to(v.dtype)
+        k = k if self._k_norm is None else self._k_norm(k).to(v.dtype)
+        return q, k, v
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, state: TokenState, want: str | None = None) -> tuple:
+        """Attention within each image: ``(mixed [..., H * D], by-product or None)``; see :meth:`__call__`."""
+        if want not in _WANTS:
+            raise ValueError(f"AttentionBranch.mix: want must be one of {_WANTS}, got {want!r}")
+        if self._attn_drop > 0:
+            raise ValueError(
+                f"attn_drop must be 0 while training (fused attention drops no attention weights), got {self._attn_drop}"
+            )
+        lead = q.shape[:-2]
+        cu_seqlens, max_seqlen = state.sequences(q)
+        q, k, v = (t.reshape(-1, self.num_heads, self.head_dim) for t in (q, k, v))
+        bias = None if state.key_bias is None else state.key_bias.reshape(-1)
+        ragged = {"cu_seqlens_q": cu_seqlens, "max_seqlen_q": max_seqlen, "key_bias": bias, "scale": self.logit_scale}
+        out, lse, *cls = sparse_attention(q, k, v, want_cls=want == "cls", **ragged)
+        product = None
+        if want == "key":
+            product = k.mean(1).view(*lead, self.head_dim)
+        elif want == "cls":
+            product = cls[0].mean(0).view(lead)
+        elif want == "mean":
+            product = attention_scores(q, k, lse, "mean", **ragged).mean(0).view(lead)
+        return out.reshape(*lead, self.num_heads * self.head_dim), product
+
+    def out(self, mixed: Tensor, z: Tensor) -> Tensor:
+        """Output projection of the mixed values; ``z`` is the normalised input (a gate reads it)."""
+        mixed = mixed if self._out_norm is None else self._out_norm(mixed)
+        mixed = mixed if self._gate is None else mixed * self._gate(z).sigmoid()
+        y = self._proj(mixed)
+        return y if self._proj_drop is None else self._proj_drop(y)
+
+    def core(self, z: Tensor, state: TokenState, want: str | None = None):
+        """Normalised tokens -> attention output (and the by-product, when one is wanted)."""
+        mixed, product = self.mix(*self.qkv(z), state, want)
+        y = self.out(mixed, z)
+        return y if want is None else (y, product)
+
+    def scale(self, y: Tensor, state: TokenState) -> Tensor:
+        """LayerScale and stochastic depth (per image, also for packed tokens)."""
+        return _scaled(y, state, self._layer_scale, self._drop_path)
+
+    def __call__(self, x: Tensor, state: TokenState, want: str | None = None):
+        """Tokens ``[B, N, C]`` or ``[T, C]`` -> the branch, same shape.
+
+        ``want`` asks for a by-product and returns ``(branch, by-product)``:
+            ``"key"``: keys averaged over heads, ``[..., D]``;
+            ``"cls"``: attention of the first token of each image, averaged over heads, ``[...]``;
+            ``"mean"``: attention each token receives, averaged over queries and heads, ``[...]``.
+        """
+        z = self.norm(x)
+        if want is None:
+            return self.scale(self.core(z, state), state)
+        y, product = self.core(z, state, want)
+        return self.scale(y, state), product
+
+
+class MlpBranch:
+    """Sub-layer 2 of a block: ``branch(x, state)`` is ``scale(core(norm(x)))``, without the residual."""
+
+    def __init__(
+        self,
+        norm: Callable,
+        mlp: Callable,
+        *,
+        layer_scale: Callable | None = None,
+        drop_path: nn.Module | None = None,
+    ):
+        self.norm, self._mlp = norm, mlp
+        self._layer_scale, self._drop_path = layer_scale, drop_path
+
+    def core(self, z: Tensor, state: TokenState) -> Tensor:
+        """Normalised tokens -> MLP output."""
+        return self._mlp(z)
+
+    def scale(self, y: Tensor, state: TokenState) -> Tensor:
+        """LayerScale and stochastic depth (per image, also for packed tokens)."""
+        return _scaled(y, state, self._layer_scale, self._drop_path)
+
+    def __call__(self, x: Tensor, state: TokenState) -> Tensor:
+        """Tokens ``[B, N, C]`` or ``[T, C]`` -> the branch, same shape."""
+        return self.scale(self.core(self.norm(x), state), state)
+
+
+@dataclass(frozen=True)
+class BlockParts:
+    """A block as its two branches, and the block itself for layers in which a method does nothing.
+
+    Attributes:
+        attention, mlp: the branches.
+        original: the model's own block, ``[B, N, C] -> [B, N, C]``, or None when there is none.
+    """
+
+    attention: AttentionBranch
+    mlp: MlpBranch
+    original: Callable | None = None
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """Tokens of one block: int32 ``[B]`` counts that entered attention and MLP, and the state before the MLP."""
+
+    layer: int
+    attention: Tensor
+    mlp: Tensor
+    state: TokenState
+
+
+class BlockRun:
+    """One block in the hands of a reducer: what ``Reducer.block`` receives as ``run``.
+
+    ``run(x, state)`` runs the two sub-layers through the reducer; ``run.original(x, state)`` runs the model's own block
+    untouched where that computes the same (padded tokens without key bias), and the plain branches elsewhere.
+    """
+
+    def __init__(self, parts: BlockParts, layer: int, reducer, record: list[BlockRecord] | None = None):
+        self.parts, self.layer, self.reducer, self.record = parts, layer, reducer, record
+
+    def __call__(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
+        """Attention, then MLP, both through the reducer."""
+        before = None if self.record is None else state.lengths(x)
+        x, state = self.reducer.attention(x, state, self.layer, self.parts.attention)
+        self._note(x, state, before)
+        return self.reducer.mlp(x, state, self.layer, self.parts.mlp)
+
+    def original(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
+        """The block without any reduction."""
+        if self.record is not None:
+            self._note(x, state, state.lengths(x))
+        if self.parts.original is not None and not state.packed and state.key_bias is None:
+            return self.parts.original(x), state
+        x = x + self.parts.attention(x, state)
+        return x + self.parts.mlp(x, state), state
+
+    def _note(self, x, state, before):
+        if self.record is not None:
+            self.record.append(BlockRecord(self.layer, before, state.lengths(x), state))
+
+
+def run_block(
+    block: BlockParts, x: Tensor, state: TokenState, layer: int, reducer, record: list[BlockRecord] | None = None
+) -> tuple[Tensor, TokenState]:
+    """One step of a model's loop over its blocks.
+
+    Args:
+        block: the block's parts.
+        x: ``[B, N, C]`` or ``[T, C]``.
+        state: what ``x`` is.
+        layer: number of the block.
+        reducer: :class:`tokenprune_ext.reducers.Reducer`, or None for the dense block.
+        record: receives one entry per executed block (for traces).
+    """
+    run = BlockRun(block, layer, reducer, record)
+    return run.original(x, state) if reducer is None else reducer.block(x, state, layer, run)
+
+
+def gather_norm(norm: Callable, x: Tensor, rows: Tensor) -> Tensor:
+    """``norm`` of the gathered rows, ``[T, C]``; one pass over the memory when ``norm`` is a plain LayerNorm."""
+    plain = isinstance(norm, nn.LayerNorm) and type(norm).__name__ == "LayerNorm" and len(norm.normalized_shape) == 1
+    if plain:
+        return gather_layer_norm(x, rows, norm.weight, norm.bias, norm.eps)
+    return norm(gather_tokens(x, rows))
+
+
+def _scaled(y, state, layer_scale, drop_path):
+    y = y if layer_scale is None else layer_scale(y)
+    if drop_path is None or isinstance(drop_path, nn.Identity):
+        return y
+    if not (state.packed and drop_path.training):
+        return drop_path(y)
+    # One draw per image, as for padded tokens; the module would draw once per row of [T, C].
+    images = state.cu_seqlens.shape[0] - 1
+    kept = drop_path(torch.ones(images, 1, dtype=y.dtype, device=y.device))
+    return y * kept[sequence_of_row(state.cu_seqlens, y.shape[0])]

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Wires fake, autograd, flop formula and reference to a compiled op, and dispatches calls to one of them."""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from .. import _library
+
+_references: dict[str, Callable] = {}
+_ops: dict[str, Callable] = {}
+_warned: set[tuple[str, str]] = set()
+
+
+def register(name, *, fake, reference=None, setup_context=None, backward=None, flops=None):
+    """Attach Python rules to ``tokenprune::name``.
+
+    Args:
+        name: op name in the ``tokenprune`` namespace.
+        fake: shape function for meta and fake tensors.
+        reference: the same computation in plain PyTorch; serves devices without kernels.
+        setup_context: saves what ``backward`` needs; see ``torch.library.register_autograd``.
+        backward: autograd formula. Ops without one raise when differentiated.
+        flops: flop formula, called with the op's arguments (not shapes) and ``out_val``.
+    """
+    if reference is not None:
+        _references[name] = reference
+    if not _library.cpu_loaded():
+        return
+    qualified = f"tokenprune::{name}"
+    overload = getattr(torch.ops.tokenprune, name).default
+    _ops[name] = overload
+    torch.library.register_fake(qualified, fake)
+    mutable = overload._schema.is_mutable
+    if not mutable:
+        torch.library.register_autograd(
+            qualified, backward or _no_gradient(name), setup_context=setup_context or _save_nothing
+        )
+    if flops is not None:
+        from torch.utils.flop_counter import register_flop_formula
+
+        register_flop_formula(overload.overloadpacket, get_raw=True)(flops)
+
+
+def _save_nothing(ctx, inputs, output):
+    return None
+
+
+def _no_gradient(name):
+    def backward(ctx, *grads):
+        raise NotImplementedError(f"tokenprune::{name} has no derivative (no double backward)")
+
+    return backward
+
+
+def call(name, device, *args):
+    """Run the compiled op, or the reference (with one warning) where there is no kernel for the device."""
+    if _library.has_kernels(device.type):
+        return _ops[name](*args)
+    if (name, device.type) not in _warned and not torch.compiler.is_compiling():
+        _warned.add((name, device.type))
+        reason = _library.cpu_error or (_library.cuda_error if device.type == "cuda" else "no kernels")
+        warnings.warn(
+            f"tokenprune_ext: {name} runs the slower PyTorch reference on {device.type}: {reason}", stacklevel=3
+        )
+    return _references[name](*args)
+
+
+def check(condition, op, argument, rule, got, error=ValueError):
+    """Raise ``error`` in the form "tokenprune::op: argument must rule, got value"."""
+    if not condition:
+        raise error(f"tokenprune::{op}: {argument} must {rule}, got {got}")
+
+
+def check_floating(op, **tensors):
+    """All given tensors are floating and of one dtype (TypeError otherwise) and device (ValueError otherwise)."""
+    first_name, first = next(iter(tensors.items()))
+    allowed = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+    check(
+        isinstance(first, torch.Tensor) and first.dtype in allowed,
+        op,
+        first_name,
+        "be a float32, float64, float16 or bfloat16 tensor",
+        getattr(first, "dtype", type(first)),
+        TypeError,
+    )
+    for name, tensor in tensors.items():
+        check(tensor.dtype == first.dtype, op, name, f"have the dtype of {first_name} ({first.dtype})", tensor.dtype, TypeError)
+        check(tensor.device == first.device, op, name, f"be on {first.device}", tensor.device)
+
+
+def check_index(op, argument, tensor, device, dim=1):
+    """Integer tensor of ``dim`` dimensions on ``device``; returned as contiguous int32."""
+    check(isinstance(tensor, torch.Tensor), op, argument, "be a tensor", type(tensor), TypeError)
+    check(tensor.dtype in (torch.int32, torch.int64), op, argument, "be int32 or int64", tensor.dtype, TypeError)
+    check(tensor.dim() == dim, op, argument, f"have {dim} dimension(s)", tuple(tensor.shape))
+    check(tensor.device == device, op, argument, f"be on {device}", tensor.device)
+    return tensor.to(torch.int32)
+
+
+def stat_dtype(dtype):
+    """Scores, sizes and statistics are float32, or float64 beside float64 values."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def autocast_cast(*tensors):
+    """Cast to the autocast dtype of the tensors' device when autocast is on (as matmul and SDPA do)."""
+    device_type = tensors[0].device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type) and tensors[0].dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        return tuple(t.to(dtype) for t in tensors)
+    return tensors

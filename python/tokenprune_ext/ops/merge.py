@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bipartite soft matching and token merging, from ToMe (arXiv 2210.09461, section 3).
+
+A merge is described by its ``parent`` vector: the output row of every input token. Merging is a segment reduction over
+it, unmerging a gather, tracking of sources its composition.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ._register import call, check, check_floating, register, stat_dtype
+from .tokens import gather_tokens
+
+__all__ = [
+    "Matching",
+    "bipartite_soft_matching",
+    "kth_bipartite_soft_matching",
+    "merge_sources",
+    "merge_tokens",
+    "random_bipartite_soft_matching",
+    "unmerge_tokens",
+]
+
+_MODES = {"sum": 0, "mean": 1, "amax": 2, "weighted": 3}
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Which tokens merge into which.
+
+    Attributes:
+        unm: int32 ``[B, Nu]``, source-side tokens that stay.
+        src: int32 ``[B, r]``, source-side tokens that merge.
+        dst: int32 ``[B, r]``, the destination-side token each of them merges into.
+        parent: int32 ``[B, T]``, output row of every token (-1 = dropped), or None for the identity.
+        num_tokens_out: tokens after the merge.
+    """
+
+    unm: Tensor
+    src: Tensor
+    dst: Tensor
+    parent: Tensor | None
+    num_tokens_out: int
+
+
+# ---------------------------------------------------------------- public functions
+
+
+def bipartite_soft_matching(
+    metric: Tensor, r: int, *, class_token: bool = False, distill_token: bool = False, num_prefix: int | None = None
+) -> Matching:
+    """Match the ``r`` most similar pairs between even (source) and odd (destination) tokens.
+
+    Similarity is the cosine. ``src`` and ``unm`` count even tokens (token ``2 i``), ``dst`` odd ones (``2 j + 1``).
+    ``src`` comes in order of similarity; ``unm`` ascending with protected tokens, otherwise by similarity (the order in
+    the merged sequence). Ties: lower index first. NaN similarities (a zero or NaN row) rank last. The merged sequence
+    is ``[unm..., odd...]``, with prefix tokens kept in front, in place. No gradient flows to the metric.
+
+    Args:
+        metric: ``[B, T, C]``.
+        r: merges wanted; at most half of the unprotected tokens merge.
+        class_token: token 0 never merges. distill_token: nothing merges into token 1 either.
+        num_prefix: the first ``num_prefix`` tokens never merge (instead of the two flags).
+
+    Raises:
+        ValueError: metric is not 3-D, r is negative, or num_prefix is given beside a flag.
+    """
+    op = "bipartite_soft_matching"
+    _check_metric(op, metric)
+    check(r >= 0, op, "r", "be >= 0", r)
+    check(num_prefix is None or not (class_token or distill_token), op, "num_prefix", "not be given with class_token or distill_token", num_prefix)
+    check(num_prefix is None or num_prefix >= 0, op, "num_prefix", "be >= 0", num_prefix)
+    tokens = metric.shape[1]
+    protected = int(class_token) + int(distill_token) if num_prefix is None else num_prefix
+    r = min(r, (tokens - protected) // 2)
+    if r <= 0:
+        return _identity(metric)
+    metric = metric.detach()
+    unm, src, dst, parent = call(op, metric.device, metric, r, class_token, distill_token, num_prefix or 0)
+    return Matching(unm, src, dst, parent, tokens - r)
+
+
+def kth_bipartite_soft_matching(metric: Tensor, k: int) -> Matching:
+    """Keep every k-th token as destination; all others merge into their most similar destination.
+
+    Tokens beyond ``T // k * k`` are dropped. ``src``/``dst`` are token and destination numbers.
+
+    Raises:
+        ValueError: k > T (nothing would be left), or metric is not 3-D.
+    """
+    op = "kth_bipartite_soft_matching"
+    _check_metric(op, metric)
+    batch, tokens, _ = metric.shape
+    if k <= 1:
+        return _identity(metric)
+    check(tokens >= k, op, "k", f"be at most the number of tokens ({tokens})", k)
+    runs = torch.arange(tokens // k * k, device=metric.device, dtype=torch.int32).view(-1, k)
+    source, destination = (t.reshape(1, -1).expand(batch, -1).contiguous() for t in (runs[:, :-1], runs[:, -1]))
+    nearest = call("nearest_tokens", metric.device, metric.detach(), source, destination)[1]
+    parent = _parent(tokens, source, nearest, destination)
+    return Matching(source[:, :0], source, nearest, parent, tokens // k)
+
+
+def random_bipartite_soft_matching(metric: Tensor, r: int, *, noise: Tensor | None = None) -> Matching:
+    """Merge ``r`` randomly chosen tokens into their most similar of the others.
+
+    Args:
+        metric: ``[B, T, C]``.
+        r: tokens to merge, less than T.
+        noise: uniform ``[B, T]``; the ``r`` smallest entries are the sources. Drawn here when absent.
+    """
+    op = "random_bipartite_soft_matching"
+    _check_metric(op, metric)
+    batch, tokens, _ = metric.shape
+    if r <= 0:
+        return _identity(metric)
+    check(r < tokens, op, "r", f"be less than the number of tokens ({tokens})", r)
+    noise = torch.rand(batch, tokens, device=metric.device) if noise is None else noise
+    check(tuple(noise.shape) == (batch, tokens), op, "noise", f"have shape {[batch, tokens]}", tuple(noise.shape))
+    order = noise.argsort(dim=1, stable=True).to(torch.int32)
+    source, destination = order[:, :r].contiguous(), order[:, r:].contiguous()
+    nearest = call("nearest_tokens", metric.device, metric.detach(), source, destination)[1]
+    parent = _parent(tokens, source, nearest, destination)
+    return Matching(source[:, :0], source, nearest, parent, tokens - r)
+
+
+def merge_tokens(x: Tensor, matching: Matching, *, size: Tensor | None = None, mode: str = "mean") -> tuple[Tensor, Tensor]:
+    """Reduce every group of the matching to one token.
+
+    Args:
+        x: ``[B, T, C]``.
+        size: ``[B, T]``, how many original tokens each token stands for (default ones).
+        mode: ``"mean"``, ``"sum"`` or ``"amax"`` over the group (its destination included), or ``"weighted"``:
+            ``sum(size * x) / sum(size)``.
+
+    Returns:
+        ``(y [B, T', C], size' [B, T'])``, differentiable in x and (weighted) size. Sums run in token order.
+    """
+    op = "merge_tokens"
+    check_floating(op, x=x)
+    check(x.dim() == 3, op, "x", "have shape [B, T, C]", tuple(x.shape))
+    check(mode in _MODES, op, "mode", f"be one of {list(_MODES)}", repr(mode))
+    stat = stat_dtype(x.dtype)
+    if size is not None:
+        check(tuple(size.shape) == tuple(x.shape[:2]), op, "size", f"have shape {list(x.shape[:2])}", tuple(size.shape))
+        check(size.device == x.device, op, "size", f"be on {x.device}", size.device)
+        size = size.to(stat)
+    if matching.parent is None:
+        return x, torch.ones(x.shape[:2], dtype=stat, device=x.device) if size is None else size
+    check(tuple(matching.parent.shape) == tuple(x.shape[:2]), op, "matching", f"be of {list(x.shape[:2])} tokens", tuple(matching.parent.shape))
+    if mode == "weighted" and size is None:
+        mode = "mean"  # the same thing when every token counts once
+    return call(op, x.device, x, matching.parent, matching.num_tokens_out, size, _MODES[mode])
+
+
+def unmerge_tokens(y: Tensor, matching: Matching) -> Tensor:
+    """Give every original token the value of its group: ``[B, T', C] -> [B, T, C]`` (dropped tokens get zeros)."""
+    check(y.dim() == 3, "unmerge_tokens", "y", "have shape [B, T', C]", tuple(y.shape))
+    if matching.parent is None:
+        return y
+    check(y.shape[1] == matching.num_tokens_out, "unmerge_tokens", "y", f"have {matching.num_tokens_out} tokens", tuple(y.shape))
+    batch, tokens = matching.parent.shape
+    return gather_tokens(y, _flat(matching.parent, y.shape[1])).view(batch, tokens, y.shape[2])
+
+
+def merge_sources(matching: Matching, source: Tensor | None = None) -> Tensor | None:
+    """Compose parent vectors: the current row of every original token, int32 ``[B, T0]`` (None: nothing merged yet)."""
+    if matching.parent is None:
+        return source
+    if source is None:
+        return matching.parent
+    parent = matching.parent.gather(1, source.clamp(min=0).long())
+    return torch.where(source < 0, source, parent)
+
+
+# ---------------------------------------------------------------- checks and helpers
+
+
+def _check_metric(op, metric):
+    check_floating(op, metric=metric)
+    check(metric.dim() == 3, op, "metric", "have shape [B, T, C]", tuple(metric.shape))
+
+
+def _identity(metric):
+    batch, tokens, _ = metric.shape
+    even = torch.arange((tokens + 1) // 2, dtype=torch.int32, device=metric.device).expand(batch, -1)
+    return Matching(even, even[:, :0], even[:, :0], None, tokens)
+
+
+def _flat(index, stride):
+    """Per-image positions [B, T] -> flat rows [B * T]; -1 stays."""
+    start = torch.arange(index.shape[0], device=index.device, dtype=torch.int32)[:, None] * stride
+    return torch.where(index < 0, index, index + start).flatten()
+
+
+def _parent(tokens, source, nearest, destination):
+    """Parent vector when the output is the destinations in their order; tokens on neither side are dropped."""
+    batch, count = destination.shape
+    parent = destination.new_full((batch, tokens), -1)
+    rows = torch.arange(count, device=parent.device, dtype=torch.int32).expand(batch, -1)
+    parent.scatter_(1, destination.long(), rows)
+    return parent.scatter_(1, source.long(), nearest)
+
+
+# ---------------------------------------------------------------- fake
+
+
+def _fake_matching(metric, r, class_token, distill_token, num_prefix):
+    batch, tokens, _ = metric.shape
+    src = metric.new_empty(batch, r, dtype=torch.int32)
+    unm = metric.new_empty(batch, (tokens + 1) // 2 - r, dtype=torch.int32)
+    return unm, src, torch.empty_like(src), metric.new_empty(batch, tokens, dtype=torch.int32)
+
+
+def _fake_nearest(metric, a_index, b_index):
+    return metric.new_empty(a_index.shape, dtype=stat_dtype(metric.dtype)), metric.new_empty(a_index.shape, dtype=torch.int32)
+
+
+def _fake_merge(x, parent, out_len, size, mode):
+    batch, _, channels = x.shape
+    return x.new_empty(batch, out_len, channels), x.new_empty(batch, out_len, dtype=stat_dtype(x.dtype))
+
+
+def _fake_merge_backward(grad, x, y, parent, size, size_out, grad_size_out, mode):
+    return x.new_empty(x.shape), size_out.new_empty(x.shape[:2])
+
+
+# ---------------------------------------------------------------- autograd
+
+
+def _setup_merge(ctx, inputs, output):
+    x, parent, _, size, ctx.mode = inputs
+    ctx.save_for_backward(x, parent, size, *output)
+
+
+def _backward_merge(ctx, grad, grad_size_out):
+    x, parent, size, y, size_out = ctx.saved_tensors
+    grad_x, grad_size = torch.ops.tokenprune.merge_tokens_backward(grad, x, y, parent, size, size_out, grad_size_out, ctx.mode)
+    return grad_x, None, None, None if size is None else grad_size, None
+
+
+def _flops_nearest(na, nb, channels, batch):
+    return 2 * batch * na * nb * channels
+
+
+# ---------------------------------------------------------------- reference
+
+
+def _reference_nearest(metric, a_index, b_index):
+    stat = stat_dtype(metric.dtype)
+    unit = metric.to(stat)
+    unit = unit / unit.norm(dim=-1, keepdim=True)
+
+    def rows(index):
+        return unit.gather(1, index.long()[..., None].expand(-1, -1, unit.shape[-1]))
+
+    scores = rows(a_index) @ rows(b_index).transpose(1, 2)
+    scores = scores.nan_to_num(nan=float("-inf"))
+    if scores.shape[2] == 0:
+        return scores.new_full(a_index.shape, float("-inf")), torch.zeros_like(a_index)
+    best, nearest = scores.max(-1)
+    return best, torch.where(best == float("-inf"), 0, nearest).to(torch.int32)
+
+
+def _reference_matching(metric, r, class_token, distill_token, num_prefix):
+    batch, tokens, _ = metric.shape
+    na, nb = (tokens + 1) // 2, tokens // 2
+    protect_a = (num_prefix + 1) // 2 or int(class_token)
+    protect_b = num_prefix // 2 or int(distill_token)
+    interleave = num_prefix or (2 if distill_token else 0)
+    even = torch.arange(0, tokens, 2, device=metric.device, dtype=torch.int32).expand(batch, -1)
+    odd = torch.arange(1 + 2 * protect_b, tokens, 2, device=metric.device, dtype=torch.int32).expand(batch, -1)
+    best, nearest = _reference_nearest(metric, even, odd)
+    nearest = nearest + protect_b
+    order = best[:, protect_a:].argsort(dim=1, descending=True, stable=True).to(torch.int32) + protect_a
+    src, unm = order[:, :r], order[:, r:]
+    first = torch.arange(protect_a, device=metric.device, dtype=torch.int32).expand(batch, -1)
+    unm = torch.cat([first, unm.sort(1).values], 1) if class_token or num_prefix else torch.cat([first, unm], 1)
+    dst = nearest.gather(1, src.long())
+    # Output order: the interleaved front, the other unmerged tokens, the other destinations.
+    front_a, front_b = (interleave + 1) // 2, interleave // 2
+    a_rows = torch.arange(na - r, device=metric.device, dtype=torch.int32)
+    a_rows = torch.where(a_rows < front_a, 2 * a_rows, a_rows + front_b)
+    b_rows = torch.arange(nb, device=metric.device, dtype=torch.int32)
+    b_rows = torch.where(b_rows < front_b, 2 * b_rows + 1, b_rows + na - r)
+    parent = metric.new_empty(batch, tokens, dtype=torch.int32)
+    parent[:, 1::2] = b_rows
+    parent.scatter_(1, 2 * unm.long(), a_rows.expand(batch, -1))
+    parent.scatter_(1, 2 * src.long(), b_rows[dst.long()])
+    return unm.contiguous(), src.contiguous(), dst, parent
+
+
+def _reference_merge(x, parent, out_len, size, mode):
+    batch, tokens, channels = x.shape
+    stat = stat_dtype(x.dtype)
+    weights = x.new_ones(batch, tokens, dtype=stat) if size is None else size
+    target = torch.where(parent < 0, out_len, parent).long()  # one spare row takes the dropped tokens
+    size_out = weights.new_zeros(batch, out_len + 1).scatter_add(1, target, weights)[:, :out_len]
+    wide = target[..., None].expand(-1, -1, channels)
+    values = x.to(stat) * weights[..., None] if mode == 3 else x.to(stat)
+    if mode == 2:
+        y = values.new_zeros(batch, out_len + 1, channels).scatter_reduce(1, wide, values, "amax", include_self=False)
+        return y[:, :out_len].to(x.dtype), size_out
+    y = values.new_zeros(batch, out_len + 1, channels).scatter_add(1, wide, values)[:, :out_len]
+    if mode == 1:
+        count = weights.new_zeros(batch, out_len + 1).scatter_add(1, target, torch.ones_like(weights))[:, :out_len]
+        y = y / count.clamp(min=1)[..., None]
+    elif mode == 3:
+        y = torch.where(size_out[..., None] == 0, 0, y / size_out[..., None])
+    return y.to(x.dtype), size_out
+
+
+register(
+    "bipartite_soft_matching",
+    fake=_fake_matching,
+    reference=_reference_matching,
+    flops=lambda metric, *args, out_val=None, **kwargs: _flops_nearest(
+        (metric.shape[1] + 1) // 2, metric.shape[1] // 2, metric.shape[2], metric.shape[0]
+    ),
+)
+register(
+    "nearest_tokens",
+    fake=_fake_nearest,
+    reference=_reference_nearest,
+    flops=lambda metric, a, b, *, out_val=None, **kwargs: _flops_nearest(a.shape[1], b.shape[1], metric.shape[2], metric.shape[0]),
+)
+register("merge_tokens", fake=_fake_merge, reference=_reference_merge, setup_context=_setup_merge, backward=_backward_merge)
+register("merge_tokens_backward", fake=_fake_merge_backward)

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The protocol of token-reduction methods, and their registry."""
+
+import inspect
+
+from torch import Tensor, nn
+
+from ..nn import TokenState
+
+_registry: dict[str, type] = {}
+
+
+class Reducer(nn.Module):
+    """A token-reduction method: everything it does is a map ``(x, state) -> (x, state)`` at one of these places.
+
+    Tokens ``x`` are ``[B, N, C]``, or ``[T, C]`` when ``state.cu_seqlens`` is set. Nothing is stored on modules and
+    nothing is changed in place. Learned gates are parameters of the reducer.
+
+    A constructor takes keywords only. It may name facts of the model it will serve, which are then filled in by
+    ``create``: ``depth``, ``embed_dim``, ``num_prefix``, ``class_token``, ``distill_token``.
+    """
+
+    restore_at = "features"
+
+    def begin(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
+        """Once per forward: random draws, packing, first entries of the carry."""
+        return x, state
+
+    def block(self, x: Tensor, state: TokenState, layer: int, run) -> tuple[Tensor, TokenState]:
+        """Around a block. ``run(x, state)`` is the block, ``run.original(x, state)`` the model's own one."""
+        return run(x, state)
+
+    def attention(self, x: Tensor, state: TokenState, layer: int, branch) -> tuple[Tensor, TokenState]:
+        """Around sub-layer 1, residual included."""
+        return x + branch(x, state), state
+
+    def mlp(self, x: Tensor, state: TokenState, layer: int, branch) -> tuple[Tensor, TokenState]:
+        """Around sub-layer 2, residual included."""
+        return x + branch(x, state), state
+
+    def restore(self, y: Tensor, state: TokenState) -> Tensor:
+        """Values aligned with the current patch tokens -> the full grid ``[B, N0, ...]``."""
+        return y
+
+    def losses(self, state: TokenState) -> dict[str, Tensor]:
+        """Training terms by name, unweighted."""
+        return {}
+
+    def plan(self, depth: int, n: int) -> list[tuple[int, int]] | None:
+        """Tokens that enter ``(attention, MLP)`` of each layer when ``n`` (prefix included) come in.
+
+        None when the counts depend on the data.
+        """
+        return None
+
+
+def register(name: str):
+    """Class decorator: make a method known under ``name``.
+
+    Raises:
+        ValueError: the name is taken by another class.
+    """
+
+    def decorate(cls):
+        if _registry.get(name, cls).__qualname__ != cls.__qualname__:
+            raise ValueError(f"reducers.register: name must be new, got {name!r} (taken by {_registry[name].__qualname__})")
+        _registry[name] = cls
+        return cls
+
+    return decorate
+
+
+def names() -> list[str]:
+    """Names of all methods."""
+    return sorted(_registry)
+
+
+def get(name: str) -> type:
+    """Class of a method.
+
+    Raises:
+        ValueError: no method has this name.
+    """
+    if name not in _registry:
+        raise ValueError(f"reducers: method must be one of {names()}, got {name!r}")
+    return _registry[name]
+
+
+def create(method: str | Reducer | type, facts: dict | None = None, **options) -> Reducer:
+    """Build a method.
+
+    Args:
+        method: its name, its class, or a finished reducer (returned as it is).
+        facts: what is known about the model; only what the constructor names is handed over.
+        options: the method's own options; they win over the facts.
+
+    Raises:
+        ValueError: unknown method or option, or options for a finished reducer.
+    """
+    if isinstance(method, Reducer):
+        if options:
+            raise ValueError(f"reducers.create: a finished reducer must come without options, got {sorted(options)}")
+        return method
+    cls = get(method) if isinstance(method, str) else method
+    accepted = inspect.signature(cls).parameters
+    unknown = [name for name in options if name not in accepted]
+    if unknown:
+        raise ValueError(f"{cls.__name__}: options must be among {sorted(accepted)}, got {unknown}")
+    return cls(**{name: value for name, value in (facts or {}).items() if name in accepted} | options)

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ToMe: merge the most similar tokens of every layer (Bolya et al., arXiv 2210.09461).
+
+Between attention and MLP, even tokens are matched with odd ones by the cosine of their mean key, and the ``r`` best
+pairs become size-weighted means (section 3). Proportional attention adds the log of the size to the logits (eq. 1).
+"""
+
+import torch
+from torch import Tensor
+
+from ..nn import TokenState, pad_rows, sequence_of_row, unpad_rows
+from ..ops import Matching, bipartite_soft_matching, gather_tokens, merge_tokens
+from ._base import Reducer, register
+
+__all__ = ["ToMe", "parse_r"]
+
+
+def parse_r(num_layers: int, r: int | list[int] | tuple[int, float]) -> list[int]:
+    """Merges per layer.
+
+    Args:
+        num_layers: layers of the model.
+        r: constant int; list (padded with zeros; surplus entries are never used); or ``(r, inflect)`` with inflect in
+            [-1, 1]: linear from ``r * (1 - inflect)`` to ``r * (1 + inflect)``, so -1 merges most in the first layers.
+    """
+    if isinstance(r, list):
+        return r + [0] * (num_layers - len(r))
+    inflect = 0.0
+    if isinstance(r, tuple):
+        r, inflect = r
+    low = int(r * (1.0 - inflect))
+    if num_layers == 1:
+        return [low]
+    step = (2 * r - low - low) / (num_layers - 1)
+    return [int(low + step * layer) for layer in range(num_layers)]
+
+
+@register("tome")
+class ToMe(Reducer):
+    """Token merging.
+
+    Args:
+        r: merges per layer, see :func:`parse_r`; at most half of the unprotected tokens merge in one layer.
+        depth: layers of the model.
+        prop_attn: proportional attention. On for models used off the shelf, off for training and for MAE models.
+        class_token, distill_token: whether tokens 0 and 1 are protected. Further prefix tokens (registers) are
+            protected as well.
+        trace_source: keep ``carry["parent"]`` (the row of every original token), which ``restore`` needs.
+        fast_idle: layers without merges run the model's own block where that is the same.
+    """
+
+    def __init__(
+        self,
+        *,
+        r: int | list[int] | tuple[int, float] = 8,
+        depth: int,
+        prop_attn: bool = True,
+        class_token: bool = True,
+        distill_token: bool = False,
+        trace_source: bool = False,
+        fast_idle: bool = True,
+    ):
+        super().__init__()
+        self.r = parse_r(depth, r)
+        if any(merges < 0 for merges in self.r):
+            raise ValueError(f"ToMe: r must give no negative number of merges, got {self.r}")
+        self.prop_attn, self.trace_source, self.fast_idle = prop_attn, trace_source, fast_idle
+        self.class_token, self.distill_token = class_token, distill_token
+
+    def begin(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
+        """Start the trace, when it is wanted."""
+        if self.trace_source:
+            state = state.with_trace(x)
+        return x, state
+
+    def block(self, x: Tensor, state: TokenState, layer: int, run) -> tuple[Tensor, TokenState]:
+        """The model's own block where nothing merges."""
+        return run.original(x, state) if self.r[layer] == 0 and self.fast_idle else run(x, state)
+
+    def attention(self, x: Tensor, state: TokenState, layer: int, branch) -> tuple[Tensor, TokenState]:
+        """Attention with the residual, then merging."""
+        if self.r[layer] == 0:
+            return super().attention(x, state, layer, branch)
+        y, metric = branch(x, state, want="key")
+        x = x + y
+        if state.uniform(x):
+            packed = state.packed
+            padded, state = state.as_padded(x)
+            padded, state = self._merge(padded, metric.reshape(*padded.shape[:2], -1), state, self.r[layer])
+            return state.as_packed(padded) if packed else (padded, state)
+        return self._merge_ragged(x, metric, state, self.r[layer])
+
+    def restore(self, y: Tensor, state: TokenState) -> Tensor:
+        """Every patch takes the value of the token it was merged into: ``[B, n, ...] -> [B, N0, ...]``."""
+        if "parent" not in state.carry:
+            raise ValueError("ToMe.restore: trace_source must be True, got False (the sources were not tracked)")
+        prefix = state.num_prefix
+        parent = state.carry["parent"][:, prefix:] - prefix
+        batch, tokens = parent.shape
+        if state.packed:  # y holds the patch rows of all images, one image after another
+            starts = state.cu_seqlens[:-1] - prefix * torch.arange(batch, dtype=torch.int32, device=y.device)
+        else:
+            starts = torch.arange(batch, dtype=torch.int32, device=y.device) * y.shape[1]
+            y = y.flatten(0, 1)
+        rows = torch.where(parent < 0, -1, parent + starts[:, None])
+        return gather_tokens(y.flatten(1), rows.flatten()).view(batch, tokens, *y.shape[1:])
+
+    def plan(self, depth: int, n: int) -> list[tuple[int, int]]:
+        """Token counts, clamped as in the matching."""
+        counts = []
+        protected = int(self.class_token) + int(self.distill_token)
+        for layer in range(depth):
+            left = n - max(min(self.r[layer], (n - protected) // 2), 0)
+            counts.append((n, left))
+            n = left
+        return counts
+
+    def _flags(self, state):
+        if state.num_prefix > int(self.class_token) + int(self.distill_token):
+            return {"num_prefix": state.num_prefix}
+        return {"class_token": self.class_token, "distill_token": self.distill_token}
+
+    def _merge(self, x, metric, state, r):
+        matching = bipartite_soft_matching(metric, r, **self._flags(state))
+        index = state.index
+        x, size = merge_tokens(x, matching, size=state.size, mode="weighted")
+        if matching.parent is not None:
+            state = state.reparent(matching.parent)
+            index = _first_source(matching.parent, index, matching.num_tokens_out)
+        return x, state.replace(index=index, size=size, key_bias=size.log() if self.prop_attn else state.key_bias)
+
+    def _merge_ragged(self, x, metric, state, r):
+        cu_seqlens, rows = state.cu_seqlens, x.shape[0]
+        batch, protected = cu_seqlens.shape[0] - 1, max(state.num_prefix, int(self.class_token) + int(self.distill_token))
+        if not torch.compiler.is_compiling() and cu_seqlens.device.type == "cpu":
+            shortest = int(cu_seqlens.diff().min())
+            if (shortest - protected) // 2 < r:
+                raise ValueError(
+                    f"ToMe: r must be at most half of the unprotected tokens of every packed sequence "
+                    f"({(shortest - protected) // 2}), got {r}"
+                )
+        # Zero metrics behind the end of a sequence have NaN similarities: they rank last and nothing merges into them.
+        padded = pad_rows(metric.detach(), cu_seqlens, state.max_seqlen, 0.0)
+        matching = bipartite_soft_matching(padded, r, **self._flags(state))
+        parent = _close_gaps(matching.parent, cu_seqlens, state.max_seqlen - r)
+        starts = cu_seqlens - r * torch.arange(batch + 1, dtype=torch.int32, device=x.device)
+        flat = unpad_rows(parent, cu_seqlens, rows) + starts[sequence_of_row(cu_seqlens, rows)]
+        whole = Matching(matching.unm, matching.src, matching.dst, flat[None], rows - batch * r)
+        index = None if state.index is None else state.index[None]
+        index = _first_source(flat[None], index, whole.num_tokens_out)
+        index = None if index is None else index[0]
+        size = None if state.size is None else state.size[None]
+        x, size = (t[0] for t in merge_tokens(x[None], whole, size=size, mode="weighted"))
+        state = state.reparent(parent)
+        bias = size.log() if self.prop_attn else state.key_bias
+        return x, state.replace(
+            cu_seqlens=starts, max_seqlen=state.max_seqlen - r, index=index, size=size, key_bias=bias
+        )
+
+
+def _close_gaps(parent, cu_seqlens, out_len):
+    """Output rows of padded sequences -> output rows of the same sequences without their padding."""
+    tokens = parent.shape[1]
+    real = torch.arange(tokens, device=parent.device) < cu_seqlens.diff()[:, None]
+    used = torch.zeros(parent.shape[0], out_len + 1, dtype=torch.int32, device=parent.device)
+    used = used.scatter(1, torch.where(real, parent, out_len).long(), 1)[:, :out_len]
+    rank = used.cumsum(1, dtype=torch.int32) - 1
+    return torch.where(real, rank.gather(1, parent.long()), -1)
+
+
+def _first_source(parent, index, out_len):
+    """Original patch of each merged token: the first of its sources (prefix tokens keep -1)."""
+    if index is None:
+        return None
+    count = parent.shape[1]
+    sources = torch.arange(count, dtype=torch.int32, device=parent.device).expand(parent.shape)
+    first = sources.new_full((parent.shape[0], out_len), count).scatter_reduce(1, parent.long(), sources, "amin")
+    return index.gather(1, first.long().clamp(max=count - 1))

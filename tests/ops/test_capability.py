@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The values of every op under every instruction set that this machine can run, one process per set."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conformance import needs_library
+
+ROOT = Path(__file__).parents[2]
+NEEDS = {
+    "generic": (),
+    "avx2": ("avx2", "fma"),
+    "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
+    "avx512_bf16": ("avx512f", "avx512_bf16"),
+}
+
+
+def cpu_flags():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+@needs_library
+@pytest.mark.parametrize("capability", NEEDS)
+def test_values_under_a_forced_instruction_set(capability, device):
+    if device.type != "cpu" or os.environ.get("TOKENPRUNE_CPU_CAPABILITY"):
+        pytest.skip("runs once, from the main process, for the CPU")
+    if not set(NEEDS[capability]) <= cpu_flags():
+        pytest.skip(f"this CPU has no {capability}")
+    selected = "(test_value or test_gradient) and (float32 or bfloat16 or float16)"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "--no-header",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        selected,
+        "tests/ops",
+    ]
+    environment = {**os.environ, "TOKENPRUNE_CPU_CAPABILITY": capability}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@needs_library
+@pytest.mark.parametrize("capability", NEEDS)
+def test_the_forced_instruction_set_is_the_one_in_use(capability):
+    if not set(NEEDS[capability]) <= cpu_flags():
+        pytest.skip(f"this CPU has no {capability}")
+    code = (
+        "import ctypes\n"
+        "from tokenprune_ext._library import CPU_LIBRARY\n"
+        "name = ctypes.CDLL(str(CPU_LIBRARY)).tokenprune_cpu_capability\n"
+        "name.restype = ctypes.c_char_p\n"
+        "print(name().decode())\n"
+    )
+    environment = {**os.environ, "TOKENPRUNE_CPU_CAPABILITY": capability}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == capability

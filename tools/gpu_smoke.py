@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compares every op on the GPU with the CPU kernels on small, odd, ragged and empty inputs, forward and backward.
+
+Short enough to run under compute-sanitizer (``--small`` leaves out the larger shapes): ``python tools/gpu_smoke.py``.
+"""
+
+import sys
+import warnings
+
+import torch
+
+from tokenprune_ext import ops
+
+# Twice the round-off that a sum of this length makes, relative to the largest value.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+
+
+def attention(lengths, heads, dim, indexed):
+    """A ragged batch with key bias and CLS row, rows through an index or not."""
+    total = sum(lengths)
+    rows = total + 5 if indexed else total
+
+    def run(device, dtype):
+        generator = torch.Generator().manual_seed(total)
+        qkv = torch.randn(rows, 3, heads, dim, generator=generator).to(device, dtype).requires_grad_()
+        bias = torch.rand(total, generator=generator).log().to(device).requires_grad_()
+        index = torch.randperm(rows, generator=generator)[:total].int().to(device) if indexed else None
+        starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=device)
+        out, lse, cls = ops.sparse_attention_qkvpacked(
+            qkv, cu_seqlens=starts, max_seqlen=max(lengths), key_bias=bias, index=index, want_cls=True
+        )
+        finite = torch.where(lse.isfinite(), lse, 0.0)
+        loss = out.float().square().sum() + finite.sum() + cls.square().sum()
+        return out, finite, cls, *torch.autograd.grad(loss, (qkv, bias))
+
+    return run
+
+
+def tokens(batch, count, width):
+    """Select, gather, gather with LayerNorm, scatter with residual."""
+
+    def run(device, dtype):
+        generator = torch.Generator().manual_seed(count)
+        x = torch.randn(batch, count, width, generator=generator).to(device, dtype).requires_grad_()
+        mask = (torch.rand(batch, count, generator=generator) < 0.5).to(device)
+        weight = torch.randn(width, generator=generator).to(device, dtype).requires_grad_()
+        index = ops.select_tokens(mask)
+        normed = ops.gather_layer_norm(x, index, weight, weight, 1e-6)
+        out = ops.scatter_tokens(x, normed + ops.gather_tokens(x, index), index, add=True)
+        loss = out.float().square().sum() / max(batch * count, 1)  # the plain sum overflows float16
+        return index.indices, index.cu_seqlens, out, *torch.autograd.grad(loss, (x, weight))
+
+    return run
+
+
+def merge(batch, count, width, r):
+    """One ToMe step."""
+
+    def run(device, dtype):
+        generator = torch.Generator().manual_seed(count)
+        x = torch.randn(batch, count, width, generator=generator).to(device, dtype).requires_grad_()
+        # Metric of few distinct integers would tie; float32 keeps the choice the same on both devices.
+        metric = torch.randn(batch, count, 16, generator=generator).to(device)
+        matching = ops.bipartite_soft_matching(metric, r, class_token=True)
+        y, size = ops.merge_tokens(x, matching, mode="weighted")
+        parent = matching.parent if matching.parent is not None else torch.zeros(0, device=device)
+        return parent, y, size, *torch.autograd.grad(y.float().square().sum(), (x,))
+
+    return run
+
+
+def policy(batch, count, heads, dim):
+    """Attention under a key policy."""
+
+    def run(device, dtype):
+        generator = torch.Generator().manual_seed(count)
+        shape = (batch, count, heads, dim)
+        q, k, v = (torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for _ in range(3))
+        keep = (torch.rand(batch, count, generator=generator) < 0.6).float().to(device).requires_grad_()
+        out = ops.policy_attention(q, k, v, keep)
+        return out, *torch.autograd.grad(out.float().square().sum(), (q, k, v, keep))
+
+    return run
+
+
+def cases(small: bool):
+    """``(name, run)`` pairs."""
+    for lengths, heads, dim in (((5,), 1, 32), ((17, 0, 1, 40), 3, 64), ((3, 70), 2, 80)):
+        yield f"attention {lengths} h{heads} d{dim}", attention(lengths, heads, dim, False)
+        yield f"attention {lengths} h{heads} d{dim} indexed", attention(lengths, heads, dim, True)
+    for shape in ((1, 1, 1), (2, 37, 24), (3, 0, 8), (2, 65, 390)):
+        yield f"tokens {shape}", tokens(*shape)
+    for shape in ((1, 2, 3, 1), (2, 33, 24, 9), (1, 197, 384, 13)):
+        yield f"merge {shape}", merge(*shape)
+    yield "policy (2, 19, 2, 64)", policy(2, 19, 2, 64)
+    if not small:
+        yield "attention 8 x 256..768", attention((256, 329, 402, 475, 549, 622, 695, 768), 16, 64, True)
+        yield "tokens (8, 4200, 384)", tokens(8, 4200, 384)
+        yield "merge (4, 1025, 1024, 40)", merge(4, 1025, 1024, 40)
+        yield "policy (2, 197, 6, 64)", policy(2, 197, 6, 64)
+
+
+def difference(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Largest error relative to the largest value; infinite for other shapes, integers must be equal."""
+    got, want = got.detach().cpu(), want.detach().cpu()
+    if got.shape != want.shape:
+        return float("inf")
+    if not want.is_floating_point():
+        return 0.0 if torch.equal(got, want) else float("inf")
+    if not want.numel():
+        return 0.0
+    error = (got.double() - want.double()).abs().max() / want.double().abs().max().clamp(min=1e-6)
+    return error.item() if error == error else float("inf")
+
+
+def main(arguments: list[str]) -> int:
+    """Run all cases; returns 1 when one differs."""
+    device = "cpu" if "--cpu" in arguments else "cuda"  # --cpu tries the script itself where there is no GPU
+    small = "--small" in arguments
+    warnings.filterwarnings("error", message=".*runs the slower PyTorch reference.*")
+    wrong = 0
+    for name, run in cases(small):
+        for dtype, tolerance in TOLERANCE.items():
+            pairs = zip(run(device, dtype), run("cpu", dtype), strict=True)
+            errors = [difference(got, want) for got, want in pairs]
+            if not max(errors) <= tolerance:
+                wrong += 1
+                print(f"WRONG {name} {dtype}: {', '.join(f'{error:.1e}' for error in errors)}")
+    print(f"{wrong} wrong" if wrong else "all equal to the CPU kernels")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
