@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from tokenprune_ext import _library
+from tokenprune_ext.profiling import ceilings, choose_clock, describe, threads
 
 import benchmarks
 from benchmarks import report
 from benchmarks.core import Context, run_case
-from tokenprune_ext import _library
-from tokenprune_ext.profiling import ceilings, choose_clock, describe, threads
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -75,9 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="do not measure: show the results of an earlier --json FILE",
     )
-    parser.add_argument(
-        "--readme", action="store_true", help="put the table into README.md between its markers"
-    )
+    parser.add_argument("--readme", action="store_true", help="put the table into README.md between its markers")
     return parser
 
 
@@ -104,9 +102,9 @@ def run(options: argparse.Namespace, console: Console) -> dict:
     out = {"machine": describe(device), "ceilings": {}, "results": [], "notes": []}
     if not _library.has_kernels(device.type):
         reason = _library.cpu_error or _library.cuda_error
-        console.print(
-            f"[bold]The compiled kernels are not loaded ({reason}): these are times of the reference.[/bold]"
-        )
+        console.print(f"[bold]The compiled kernels are not loaded ({reason}): these are times of the reference.[/bold]")
+    if out["machine"]["load_average"] > 0.7 * out["machine"]["cores"]:
+        console.print(f"Load {out['machine']['load_average']}: others use this machine, wall times mean little.")
     by_threads = {}
     for count in counts:
         with threads(count), torch.inference_mode():

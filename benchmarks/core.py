@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
-
 from tokenprune_ext.profiling import Samples, measure, ratio
+from torch import Tensor
 
 # Round-off that the policy always grants, relative to the largest reference value (see check).
 FLOOR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -211,15 +210,11 @@ def _target_fields(targets: tuple[Target, ...], samples: dict[str, Samples]) -> 
             rows.append({"peer": None, "ms": target.ms, "got": got, "reached": got <= target.ms})
         elif target.ratio is not None:
             got = ratio(samples[target.peer], samples["ours"])[0]
-            rows.append(
-                {"peer": target.peer, "ratio": target.ratio, "got": got, "reached": got >= target.ratio}
-            )
+            rows.append({"peer": target.peer, "ratio": target.ratio, "got": got, "reached": got >= target.ratio})
     return fields | {"targets": rows}
 
 
-def run_case(
-    suite: str, family: str, case: Case, context: Context, ceilings: dict
-) -> tuple[list[dict], list[str]]:
+def run_case(suite: str, family: str, case: Case, context: Context, ceilings: dict) -> tuple[list[dict], list[str]]:
     """Prepare, check and time one case.
 
     Returns:

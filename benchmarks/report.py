@@ -91,9 +91,7 @@ def _models_table(results: list[dict]) -> Table:
             overflow="fold",
         )
     for result in results:
-        others = "; ".join(
-            f"{name} {_ms(ms)}" for name, ms in result["peers"].items() if name != result["target_peer"]
-        )
+        others = "; ".join(f"{name} {_ms(ms)}" for name, ms in result["peers"].items() if name != result["target_peer"])
         table.add_row(
             result["model"],
             f"{result['method']} {result['setting']}",
@@ -147,9 +145,7 @@ def verdicts(out: dict) -> list[str]:
                 lines.append(f"MISSED {where}: {_ms(target['got'])}, target {_ms(target['ms'])}; {room}")
             else:
                 short = 100 * (1 - target["got"] / target["ratio"])
-                room_text = (
-                    f"; {room}, which allows {result['peers'][target['peer']] / result['floor_ms']:.1f}x"
-                )
+                room_text = f"; {room}, which allows {result['peers'][target['peer']] / result['floor_ms']:.1f}x"
                 lines.append(
                     f"MISSED {where}: {target['got']:.2f}x over {target['peer']}, "
                     f"target {target['ratio']:.2f}x ({short:.0f} % short{room_text})"
@@ -160,8 +156,7 @@ def verdicts(out: dict) -> list[str]:
                 f"target {result['efficiency_target']:.2f}"
             )
     lines += [
-        f"MISSED {row['case']} {row['dtype']}: two threads {row['gain']:.2f}x one, "
-        f"target {row['target']:.2f}x"
+        f"MISSED {row['case']} {row['dtype']}: two threads {row['gain']:.2f}x one, target {row['target']:.2f}x"
         for row in scaling(out["results"])
         if not row["reached"]
     ]
@@ -170,9 +165,7 @@ def verdicts(out: dict) -> list[str]:
 
 def _count_targets(out: dict) -> int:
     efficiencies = sum(bool(result.get("efficiency_target")) for result in out["results"])
-    return (
-        sum(len(result["targets"]) for result in out["results"]) + efficiencies + len(scaling(out["results"]))
-    )
+    return sum(len(result["targets"]) for result in out["results"]) + efficiencies + len(scaling(out["results"]))
 
 
 def show(out: dict, console: Console) -> None:

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compares every op on the GPU with the CPU kernels on small, odd, ragged and empty inputs, forward and backward.
+"""Compares every op on the GPU with the CPU kernels on small, odd, ragged and empty inputs.
 
-Short enough to run under compute-sanitizer (``--small`` leaves out the larger shapes): ``python tools/gpu_smoke.py``.
+Forward and backward; ``--small`` is short enough for compute-sanitizer: ``python tools/gpu_smoke.py``.
 """
 
 import sys
 import warnings
 
 import torch
-
 from tokenprune_ext import ops
 
 # Twice the round-off that a sum of this length makes, relative to the largest value.

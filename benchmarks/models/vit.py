@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-
-from benchmarks.core import Case, Context, Peer, Prepared, Target
-from benchmarks.ops.merge import tome_step
 from tokenprune_ext import _variants
 from tokenprune_ext._images import load_photo, preprocess
 from tokenprune_ext.profiling import time_parts, total_macs
+
+from benchmarks.core import Case, Context, Peer, Prepared, Target
+from benchmarks.ops.merge import tome_step
 
 DENSE = "dense (ours)"
 IDEAL_SHARE, EFFICIENCY = 0.9, 0.95  # of the FLOPs-ideal and of the expected speed-up
@@ -73,9 +73,7 @@ def eager_tome(model, images, r: int, fused: bool):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         bias = size.log().transpose(1, 2)[:, None]
         if fused:
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=bias.expand(-1, 1, tokens, -1), scale=attn.scale
-            )
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(-1, 1, tokens, -1), scale=attn.scale)
         else:
             y = (q @ k.transpose(-2, -1) * attn.scale + bias).softmax(-1) @ v
         x = x + block.ls1(attn.proj(y.transpose(1, 2).reshape(batch, tokens, width)))
@@ -93,9 +91,7 @@ def _verify(model, setting: Setting, images, dtype):
     if setting.method == "tome":
         reference = eager_tome(reference_model, inputs, setting.options["r"], fused=False)
     else:
-        reference = _variants.make(reference_model, "reference", setting.method, **setting.options).model(
-            inputs
-        )
+        reference = _variants.make(reference_model, "reference", setting.method, **setting.options).model(inputs)
     # Round-off flips single choices between nearly equal tokens, so the bound is on the logits as a whole.
     allowed = 1e-3 if dtype == torch.float32 else 5e-2
 
@@ -127,10 +123,7 @@ def _prepare(context: Context, setting: Setting, dtype: torch.dtype) -> Prepared
         name: _variants.Variant(name, method, {}, m)
         for name, method, m in (("dense", None, model), ("reduced", setting.method, reduced))
     }
-    macs = {
-        name: _variants.macs_of(entry, _variants.layer_tokens(entry, images)[0])
-        for name, entry in entries.items()
-    }
+    macs = {name: _variants.macs_of(entry, _variants.layer_tokens(entry, images)[0]) for name, entry in entries.items()}
     ideal = _variants.ideal_speedup(macs["dense"], macs["reduced"])
     peers = {
         DENSE: Peer(lambda: dense(images), same=False),
@@ -141,12 +134,8 @@ def _prepare(context: Context, setting: Setting, dtype: torch.dtype) -> Prepared
         peers["dense timm, torch.compile"] = Peer(lambda: compiled(images), same=False, slow=True)
     if setting.method == "tome":
         r = setting.options["r"]
-        peers["ToMe in plain PyTorch (eager softmax)"] = Peer(
-            lambda: eager_tome(model, images, r, fused=False)
-        )
-        peers["ToMe in plain PyTorch (SDPA with mask)"] = Peer(
-            lambda: eager_tome(model, images, r, fused=True)
-        )
+        peers["ToMe in plain PyTorch (eager softmax)"] = Peer(lambda: eager_tome(model, images, r, fused=False))
+        peers["ToMe in plain PyTorch (SDPA with mask)"] = Peer(lambda: eager_tome(model, images, r, fused=True))
 
     def extra(samples) -> dict:
         dense_ms, ours_ms = samples[DENSE].median_ms, samples["ours"].median_ms

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from tokenprune_ext import ops
 
 from benchmarks.core import Case, Context, Peer, Prepared, Target
-from tokenprune_ext import ops
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,7 @@ def _indexed(context: Context, shape: Shape, dtype: torch.dtype) -> Prepared:
 
     def sdpa():
         q, k, v = gathered()
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias.expand(1, 1, shape.kept, -1), scale=scale
-        )
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(1, 1, shape.kept, -1), scale=scale)
         cls = (q[:, :, :1] @ k.transpose(-2, -1) * scale + bias).softmax(-1)
         return out.transpose(1, 2).contiguous()[0], cls[0, :, 0]
 
@@ -153,9 +151,7 @@ def _ragged(context: Context, dtype: torch.dtype, heads: int = 16, dim: int = 64
         rows = torch.zeros(len(lengths), longest, 3, heads, dim, dtype=dtype, device=device)
         rows[valid] = qkv
         q, k, v = rows.permute(2, 0, 3, 1, 4).unbind(0)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=valid[:, None, None].expand(-1, 1, longest, -1)
-        )
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None].expand(-1, 1, longest, -1))
         return out.transpose(1, 2)[valid]
 
     def varlen():

@@ -3,10 +3,10 @@
 
 import torch
 import torch.nn.functional as F
+from tokenprune_ext import ops
 from torch import Tensor
 
 from benchmarks.core import Case, Context, Peer, Prepared, Target
-from tokenprune_ext import ops
 
 
 def tome_step(metric: Tensor, x: Tensor, size: Tensor, r: int) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,9 @@ from itertools import cycle
 
 import torch
 import torch.nn.functional as F
+from tokenprune_ext import ops
 
 from benchmarks.core import Case, Context, Peer, Prepared, Target
-from tokenprune_ext import ops
 
 TOKENS, WIDTH, KEEP = 4200, 384, 0.49
 
@@ -90,9 +90,7 @@ def _fused(context: Context, dtype: torch.dtype) -> Prepared:
         return normed, maps["select"].index_add_(0, long, next(branches["select"]))
 
     def dense_rows():
-        return F.layer_norm(packed, (WIDTH,), weight, bias, 1e-6), maps["packed"].add_(
-            next(branches["packed"])
-        )
+        return F.layer_norm(packed, (WIDTH,), weight, bias, 1e-6), maps["packed"].add_(next(branches["packed"]))
 
     before = x.double().cpu()
 
@@ -109,7 +107,7 @@ def _fused(context: Context, dtype: torch.dtype) -> Prepared:
         },
         flops=8 * len(long) * WIDTH,
         bytes=5 * len(long) * WIDTH * x.element_size(),
-        targets=(Target("layer_norm + add on packed rows (no selection)"),),
+        targets=(Target("index_select, layer_norm, index_add_"),),
         reference=reference,
     )
 
@@ -118,9 +116,7 @@ def _compaction(context: Context, batch: int) -> Prepared:
     generator = torch.Generator().manual_seed(2)
     mask = (torch.rand(batch, TOKENS, generator=generator) < KEEP).to(context.device)
     op = (
-        getattr(torch.ops.tokenprune, "select_tokens", None)
-        if hasattr(torch.ops.tokenprune, "select_tokens")
-        else None
+        getattr(torch.ops.tokenprune, "select_tokens", None) if hasattr(torch.ops.tokenprune, "select_tokens") else None
     )
 
     def starts():
@@ -131,9 +127,7 @@ def _compaction(context: Context, batch: int) -> Prepared:
 
     def stable_sort():
         kept = int(mask.sum())
-        return mask.view(-1).to(torch.uint8).sort(descending=True, stable=True).indices[
-            :kept
-        ].int(), starts().int()
+        return mask.view(-1).to(torch.uint8).sort(descending=True, stable=True).indices[:kept].int(), starts().int()
 
     def ours():
         index = ops.select_tokens(mask)
@@ -162,8 +156,6 @@ def cases(context: Context):
     """Cases of the family tokens."""
     for dtype in context.dtypes:
         yield Case(f"gather_scatter_n{TOKENS}_c{WIDTH}", dtype, lambda d=dtype: _gather_scatter(context, d))
-        yield Case(
-            f"gather_ln_residual_scatter_n{TOKENS}_c{WIDTH}", dtype, lambda d=dtype: _fused(context, d)
-        )
+        yield Case(f"gather_ln_residual_scatter_n{TOKENS}_c{WIDTH}", dtype, lambda d=dtype: _fused(context, d))
     for batch in (1, 8):
         yield Case(f"select_b{batch}_n{TOKENS}", torch.float32, lambda b=batch: _compaction(context, b))

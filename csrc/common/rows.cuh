@@ -7,7 +7,9 @@
 
 namespace tokenprune {
 
-constexpr int kBlock = 256;             // threads of the row kernels: 8 warps
+// Threads of the row kernels: 8 warps. Their launch bounds name the blocks per multiprocessor (4: 64 registers), because
+// without that ptxas spills a register here and there for a higher occupancy that a memory-bound kernel does not need.
+constexpr int kBlock = 256;
 constexpr int kWarps = kBlock / 32;
 constexpr int64_t kMostBlocks = 1 << 20;  // more work than that goes round the grid-stride loops again
 
@@ -55,7 +57,7 @@ __device__ __forceinline__ int block_scan(int value, int* warp_sums, int& total)
 }
 
 template <typename Int>
-__global__ void __launch_bounds__(kBlock) fill_ints(Int* p, int64_t n, Int value) {
+__global__ void __launch_bounds__(kBlock, 4) fill_ints(Int* p, int64_t n, Int value) {
   for (int64_t i = global_thread(); i < n; i += grid_threads()) p[i] = value;
 }
 
@@ -80,7 +82,7 @@ struct RowTargets {
 // Linked lists: head[row] is some source of the row, next[source] another one, -1 ends. Their order depends on timing;
 // RowList below puts the members in order.
 template <typename Int>
-__global__ void __launch_bounds__(kBlock) link_sources(RowTargets t, Int* head, Int* next) {
+__global__ void __launch_bounds__(kBlock, 4) link_sources(RowTargets t, Int* head, Int* next) {
   for (int64_t i = global_thread(); i < t.sources(); i += grid_threads()) {
     const int64_t row = t.row_of(i);
     if (row >= 0) next[i] = atomicExch(head + row, static_cast<Int>(i));
@@ -89,7 +91,7 @@ __global__ void __launch_bounds__(kBlock) link_sources(RowTargets t, Int* head, 
 
 // The highest source of each row (-1: none): who wins when several write.
 template <typename Int>
-__global__ void __launch_bounds__(kBlock) highest_source(RowTargets t, Int* winner) {
+__global__ void __launch_bounds__(kBlock, 4) highest_source(RowTargets t, Int* winner) {
   for (int64_t i = global_thread(); i < t.sources(); i += grid_threads()) {
     const int64_t row = t.row_of(i);
     if (row >= 0) atomicMax(winner + row, static_cast<Int>(i));
@@ -97,7 +99,7 @@ __global__ void __launch_bounds__(kBlock) highest_source(RowTargets t, Int* winn
 }
 
 template <typename Int>
-__global__ void __launch_bounds__(kBlock) count_sources(RowTargets t, Int* count) {
+__global__ void __launch_bounds__(kBlock, 4) count_sources(RowTargets t, Int* count) {
   for (int64_t i = global_thread(); i < t.sources(); i += grid_threads()) {
     const int64_t row = t.row_of(i);
     if (row >= 0) atomicAdd(count + row, Int{1});

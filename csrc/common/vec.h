@@ -223,22 +223,31 @@ inline void narrow(const Compute<T>* in, T* out, int64_t n, Compute<T> factor = 
 
 // ---- exp2, for arguments <= 0 up to rounding (softmax after subtracting the maximum); -inf gives 0
 
-inline Vec<float> exp2v(Vec<float> x) {
-  using Int = VecTypes<float>::integer;
-  const Vec<float> magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
-  x = x < splat(-126.f) ? splat(-126.f) : x;  // this order keeps NaN
-  const Vec<float> shifted = x + magic;
-  const Vec<float> f = x - (shifted - magic);  // [-0.5, 0.5]
-  // Minimax polynomial of 2^f (relative error 2e-7).
+inline Vec<float> exp2_fraction(Vec<float> f) {  // minimax polynomial of 2^f on [-0.5, 0.5], relative error 2e-7
   Vec<float> p = splat(1.339887440e-3f);
   p = p * f + 9.618437357e-3f;
   p = p * f + 5.550332548e-2f;
   p = p * f + 2.402264791e-1f;
   p = p * f + 6.931472028e-1f;
-  p = p * f + 1.0f;
+  return p * f + 1.0f;
+}
+
+inline Vec<float> exp2v(Vec<float> x) {
+#if defined(__AVX512F__)
+  // The operand order keeps NaN; scalef underflows to 0 by itself.
+  const __m512 clamped = _mm512_max_ps(_mm512_set1_ps(-200.f), (__m512)x);
+  const __m512 whole = _mm512_roundscale_ps(clamped, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vec<float> f = (Vec<float>)clamped - (Vec<float>)whole;
+  return (Vec<float>)_mm512_scalef_ps((__m512)exp2_fraction(f), whole);
+#else
+  using Int = VecTypes<float>::integer;
+  const Vec<float> magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+  x = x < splat(-126.f) ? splat(-126.f) : x;   // this order keeps NaN
+  const Vec<float> shifted = x + magic;
   const Int exponent = ((Int)shifted - (Int)magic) << 23;
-  const Vec<float> result = (Vec<float>)((Int)p + exponent);
+  const Vec<float> result = (Vec<float>)((Int)exp2_fraction(x - (shifted - magic)) + exponent);
   return x <= splat(-126.f) ? Vec<float>{} : result;
+#endif
 }
 inline Vec<double> exp2v(Vec<double> x) {
   Vec<double> out;

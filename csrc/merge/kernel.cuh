@@ -10,7 +10,7 @@
 namespace tokenprune {
 
 template <typename T, int W>
-__global__ void __launch_bounds__(kBlock) merge_rows(MergeParams p, RowTargets targets, const int32_t* head,
+__global__ void __launch_bounds__(kBlock, 4) merge_rows(MergeParams p, RowTargets targets, const int32_t* head,
                                                      const int32_t* next) {
   using A = Acc<T>;
   constexpr int kChunks = 2;
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kBlock) merge_rows(MergeParams p, RowTargets t
 
 // Sum, mean and weighted mean: one warp per token. `count` [batch * out_len] serves the mean.
 template <typename T, int W>
-__global__ void __launch_bounds__(kBlock) merge_backward_tokens(MergeParams p, RowTargets targets,
+__global__ void __launch_bounds__(kBlock, 4) merge_backward_tokens(MergeParams p, RowTargets targets,
                                                                 const int32_t* count) {
   using A = Acc<T>;
   const int lane = threadIdx.x % 32;
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kBlock) merge_backward_tokens(MergeParams p, R
 // Maximum: the gradient is shared evenly by the tokens that reach it. The first batch * out_len warps serve the output
 // rows, the others give the dropped tokens their zeros.
 template <typename T, int W>
-__global__ void __launch_bounds__(kBlock) merge_backward_amax(MergeParams p, RowTargets targets, const int32_t* head,
+__global__ void __launch_bounds__(kBlock, 2) merge_backward_amax(MergeParams p, RowTargets targets, const int32_t* head,
                                                               const int32_t* next) {
   using A = Acc<T>;
   const int lane = threadIdx.x % 32;

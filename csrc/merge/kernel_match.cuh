@@ -30,7 +30,7 @@ __device__ __forceinline__ const T* metric_row(const MatchParams& p, int64_t b, 
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kBlock) inverse_norms(MatchParams p, Acc<T>* inverse) {
+__global__ void __launch_bounds__(kBlock, 4) inverse_norms(MatchParams p, Acc<T>* inverse) {
   using A = Acc<T>;
   const int lane = threadIdx.x % 32;
   for (int64_t i = global_thread() / 32; i < p.batch * p.tokens; i += grid_threads() / 32) {
@@ -96,7 +96,7 @@ __device__ __forceinline__ void store_part(const MatchParams& p, const MatchPart
 }
 
 template <typename A>
-__global__ void __launch_bounds__(kBlock) join_parts(MatchParams p, MatchParts<A> parts) {
+__global__ void __launch_bounds__(kBlock, 4) join_parts(MatchParams p, MatchParts<A> parts) {
   const int64_t rows = p.batch * p.na;
   for (int64_t i = global_thread(); i < rows; i += grid_threads()) {
     Best<A> best;
@@ -130,7 +130,7 @@ __device__ __forceinline__ A column_factor(const MatchParams& p, const MatchPart
 
 // float and double: 32 a-rows per block, 4 x 4 results per thread.
 template <typename T>
-__global__ void __launch_bounds__(kMatchBlock) match_fma(MatchParams p, MatchParts<T> parts, int64_t row_tiles) {
+__global__ void __launch_bounds__(kMatchBlock, 4) match_fma(MatchParams p, MatchParts<T> parts, int64_t row_tiles) {
   constexpr int kRows = 32, kDepth = 16;
   TP_SHARED(T, a_tile, [kDepth][kRows + 1]);
   TP_SHARED(T, b_tile, [kDepth][kMatchColumns + 1]);
@@ -198,7 +198,7 @@ __device__ __forceinline__ void load_match_tile(T (*tile)[kMatchPitch], int rows
 
 // 16-bit values: 64 a-rows per block, 16 per warp, matrix instructions with float32 sums.
 template <typename T, int W>
-__global__ void __launch_bounds__(kMatchBlock) match_mma(MatchParams p, MatchParts<float> parts, int64_t row_tiles) {
+__global__ void __launch_bounds__(kMatchBlock, 4) match_mma(MatchParams p, MatchParts<float> parts, int64_t row_tiles) {
   constexpr int kRows = 64;
   TP_SHARED(T, a_tile, [kRows][kMatchPitch]);
   TP_SHARED(T, b_tile, [kMatchColumns][kMatchPitch]);

@@ -106,7 +106,7 @@ __device__ __forceinline__ void write_selection(const SelectMergeParams& p, int6
 
 // One block per image; the keys fit into shared memory. rank [batch, na].
 template <typename A, int Block>
-__global__ void __launch_bounds__(Block) select_by_sorting(SelectMergeParams p, int32_t* rank, int n) {
+__global__ void __launch_bounds__(Block, 1) select_by_sorting(SelectMergeParams p, int32_t* rank, int n) {
   TP_SHARED(int, warp_sums, [Block / 32]);
   RankKey<A>* keys = dynamic_shared<RankKey<A>>();
   const int64_t b = blockIdx.x;
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(Block) select_by_sorting(SelectMergeParams p, 
 
 // Any number of tokens: the rank of a key is the number of smaller ones. blockIdx.x = image * tiles + tile.
 template <typename A>
-__global__ void __launch_bounds__(kBlock) rank_by_counting(SelectMergeParams p, int32_t* rank, int64_t tiles) {
+__global__ void __launch_bounds__(kBlock, 4) rank_by_counting(SelectMergeParams p, int32_t* rank, int64_t tiles) {
   TP_SHARED(RankKey<A>, keys, [kBlock]);
   const int64_t b = blockIdx.x / tiles, i = blockIdx.x % tiles * kBlock + threadIdx.x;
   const RankKey<A> mine = RankKey<A>(i < p.na ? rank_key<A>(p, b, i) : RankKey<A>{});
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kBlock) rank_by_counting(SelectMergeParams p, 
 }
 
 template <int Block>
-__global__ void __launch_bounds__(Block) select_by_rank(SelectMergeParams p, const int32_t* rank) {
+__global__ void __launch_bounds__(Block, 1) select_by_rank(SelectMergeParams p, const int32_t* rank) {
   TP_SHARED(int, warp_sums, [Block / 32]);
   write_selection(p, blockIdx.x, rank + blockIdx.x * p.na, warp_sums);
 }

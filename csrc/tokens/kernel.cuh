@@ -29,7 +29,7 @@ __device__ __forceinline__ uint32_t load_flags(const uint8_t* mask, int64_t firs
 }
 
 template <int Block>
-__global__ void __launch_bounds__(Block) select_count(SelectParams p) {
+__global__ void __launch_bounds__(Block, 1) select_count(SelectParams p) {
   TP_SHARED(int, warp_sums, [Block / 32]);
   const uint8_t* mask = reinterpret_cast<const uint8_t*>(p.mask) + blockIdx.x * p.tokens;
   int count = 0, total = 0;
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(Block) select_count(SelectParams p) {
 
 // Counts -> cu_seqlens in place, by one block. It never exceeds the capacity.
 template <int Block>
-__global__ void __launch_bounds__(Block) select_prefix(SelectParams p) {
+__global__ void __launch_bounds__(Block, 1) select_prefix(SelectParams p) {
   TP_SHARED(int, warp_sums, [Block / 32]);
   int before = 0;
   for (int64_t first = 0; first < p.batch; first += Block) {
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(Block) select_prefix(SelectParams p) {
 }
 
 template <int Block>
-__global__ void __launch_bounds__(Block) select_write(SelectParams p) {
+__global__ void __launch_bounds__(Block, 1) select_write(SelectParams p) {
   TP_SHARED(int, warp_sums, [Block / 32]);
   const int64_t b = blockIdx.x;
   if (b < p.batch) {
@@ -93,7 +93,7 @@ void launch_select_write(const Launch& launch, const SelectParams& p) {
 
 // A plain copy: Unit is the widest access that the pointers, the stride and the row length allow.
 template <typename Unit>
-__global__ void __launch_bounds__(kBlock) gather_rows(const Unit* map, int64_t stride, Unit* out, const int32_t* indices,
+__global__ void __launch_bounds__(kBlock, 4) gather_rows(const Unit* map, int64_t stride, Unit* out, const int32_t* indices,
                                                       int64_t rows, int64_t count, int64_t width, int log_lanes) {
   const int lanes = 1 << log_lanes, lane = threadIdx.x & (lanes - 1);
   for (int64_t t = global_thread() >> log_lanes; t < count; t += grid_threads() >> log_lanes) {
@@ -134,7 +134,7 @@ void launch_gather(const Launch& launch, const RowParams& p, int64_t element_byt
 
 // The adjoint: map_out[row] = sum of the tokens that name the row, ascending. One warp per row.
 template <typename T, int W>
-__global__ void __launch_bounds__(kBlock) sum_rows(RowParams p, RowTargets targets, const int32_t* head,
+__global__ void __launch_bounds__(kBlock, 4) sum_rows(RowParams p, RowTargets targets, const int32_t* head,
                                                    const int32_t* next) {
   constexpr int kChunks = 2;
   const int lane = threadIdx.x % 32;
@@ -203,7 +203,7 @@ __device__ __forceinline__ Pack<T, W> scattered(const RowParams& p, int64_t row,
 }
 
 template <typename T, int W>
-__global__ void __launch_bounds__(kBlock) scatter_rows(RowParams p, const int32_t* winner, int log_lanes) {
+__global__ void __launch_bounds__(kBlock, 4) scatter_rows(RowParams p, const int32_t* winner, int log_lanes) {
   const int lanes = 1 << log_lanes, lane = threadIdx.x & (lanes - 1);
   const T* map = static_cast<const T*>(p.map);
   T* out = static_cast<T*>(p.map_out);
@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(kBlock) scatter_rows(RowParams p, const int32_
 
 // In place: only the named rows are touched. map == map_out.
 template <typename T, int W>
-__global__ void __launch_bounds__(kBlock) scatter_rows_in_place(RowParams p, const int32_t* winner, int log_lanes) {
+__global__ void __launch_bounds__(kBlock, 4) scatter_rows_in_place(RowParams p, const int32_t* winner, int log_lanes) {
   const int lanes = 1 << log_lanes, lane = threadIdx.x & (lanes - 1);
   for (int64_t t = global_thread() >> log_lanes; t < p.count; t += grid_threads() >> log_lanes) {
     const int64_t row = p.indices[t];
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(kBlock) scatter_rows_in_place(RowParams p, con
 // The adjoint of scatter; map is the gradient of the output. The first `rows` warps write the gradient of the features
 // (map_out), the others that of the tokens (tokens_out) and of the scale (scale_grad).
 template <typename T, int W>
-__global__ void __launch_bounds__(kBlock) scatter_backward_rows(RowParams p, const int32_t* winner) {
+__global__ void __launch_bounds__(kBlock, 4) scatter_backward_rows(RowParams p, const int32_t* winner) {
   using A = Acc<T>;
   const int lane = threadIdx.x % 32;
   const T* grad = static_cast<const T*>(p.map);

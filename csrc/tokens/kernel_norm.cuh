@@ -44,7 +44,7 @@ __device__ __forceinline__ void zero_row(T* out, int64_t channels, int lane) {
 }
 
 template <typename T, int W, int K>
-__global__ void __launch_bounds__(kBlock) gather_norm_rows(RowParams p) {
+__global__ void __launch_bounds__(kBlock, 4) gather_norm_rows(RowParams p) {
   using A = Acc<T>;
   const int lane = threadIdx.x % 32;
   const A inverse = p.channels > 0 ? A(1) / static_cast<A>(p.channels) : A(0);
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kBlock) gather_norm_rows(RowParams p) {
 
 // tokens = gradient of the output, tokens_out = gradient of the gathered rows.
 template <typename T, int W, int K>
-__global__ void __launch_bounds__(kBlock) gather_norm_backward_rows(RowParams p) {
+__global__ void __launch_bounds__(kBlock, 4) gather_norm_backward_rows(RowParams p) {
   using A = Acc<T>;
   const int lane = threadIdx.x % 32;
   const A inverse = p.channels > 0 ? A(1) / static_cast<A>(p.channels) : A(0);
@@ -145,7 +145,7 @@ inline int64_t norm_slices(int64_t count) {
 
 // partial [slices, 2, channels]. A block sums a slice of the tokens for 32 * W channels; its warps share the tokens.
 template <typename T, int W>
-__global__ void __launch_bounds__(kBlock) norm_column_sums(RowParams p, Acc<T>* partial) {
+__global__ void __launch_bounds__(kBlock, 4) norm_column_sums(RowParams p, Acc<T>* partial) {
   using A = Acc<T>;
   TP_SHARED(A, sums, [kWarps][2][32 * W + 1]);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kBlock) norm_column_sums(RowParams p, Acc<T>* 
 }
 
 template <typename A>
-__global__ void __launch_bounds__(kBlock) add_slices(const A* partial, int64_t slices, int64_t channels, A* weight,
+__global__ void __launch_bounds__(kBlock, 4) add_slices(const A* partial, int64_t slices, int64_t channels, A* weight,
                                                      A* bias) {
   for (int64_t i = global_thread(); i < 2 * channels; i += grid_threads()) {
     A sum = 0;

@@ -78,9 +78,7 @@ def _linear_macs(module: torch.nn.Module) -> int:
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, torch.nn.Linear))
 
 
-def vit_macs(
-    model: torch.nn.Module, layers: Sequence[LayerTokens], pooled_tokens: int = 1
-) -> dict[str, float]:
+def vit_macs(model: torch.nn.Module, layers: Sequence[LayerTokens], pooled_tokens: int = 1) -> dict[str, float]:
     """Multiply-adds per image of a timm ViT from its token counts.
 
     Counts linear layers, the patch convolution and the two attention products; what a reduction method adds
@@ -100,9 +98,7 @@ def vit_macs(
     for block, tokens in zip(model.blocks, layers, strict=True):
         width = model.embed_dim
         visits = sum(tokens.attention) / images
-        macs["linear"] += (
-            _linear_macs(block.attn) * visits + _linear_macs(block.mlp) * sum(tokens.mlp) / images
-        )
+        macs["linear"] += _linear_macs(block.attn) * visits + _linear_macs(block.mlp) * sum(tokens.mlp) / images
         macs["attention"] += 2 * width * sum(n * n for n in tokens.attention) / images
         macs["other"] += visits + sum(tokens.mlp) / images
     for name in ("head", "head_dist"):

@@ -20,9 +20,7 @@ def _photograph() -> tuple[bytes, str]:
         file = resources.files("skimage") / "data" / "astronaut.png"
         return file.read_bytes(), "astronaut (NASA, from scikit-image)"
     except (ModuleNotFoundError, FileNotFoundError):
-        raise UserError(
-            "no example photograph: pip install scikit-image, or give one with --image PATH"
-        ) from None
+        raise UserError("no example photograph: pip install scikit-image, or give one with --image PATH") from None
 
 
 def load_photo(path: str | os.PathLike | None = None):

@@ -63,9 +63,7 @@ def merged_regions(image: Tensor, parent: Tensor, grid: tuple[int, int]) -> np.n
     return np.where(border[..., None], 0.6 * _BORDER + 0.4 * painted, painted)
 
 
-def draw_rows(
-    image: Tensor, rows: Sequence[tuple[str, Sequence[tuple[str, np.ndarray]]]], path: str | Path
-) -> Path:
+def draw_rows(image: Tensor, rows: Sequence[tuple[str, Sequence[tuple[str, np.ndarray]]]], path: str | Path) -> Path:
     """Write a figure: the input at the left, one row of panels per method.
 
     Args:

@@ -98,9 +98,7 @@ def demo(
     from . import demo as demo_module
 
     console = console_for(json_file)
-    options = demo_module.Options(
-        image, model, pretrained, checkpoint, dtype, threads, device, batch, seconds, out
-    )
+    options = demo_module.Options(image, model, pretrained, checkpoint, dtype, threads, device, batch, seconds, out)
     result = demo_module.run(options, say=console.print)
     demo_module.show(result, console)
     write_json(result, json_file)
@@ -112,9 +110,7 @@ def flops(
     method: Annotated[str, typer.Option(help="Token-reduction method, or 'none'.")] = "tome",
     option: Annotated[
         list[str] | None,
-        typer.Option(
-            "--option", "-o", metavar="NAME=VALUE", help="Option of the method, such as r=13 or keep=0.7."
-        ),
+        typer.Option("--option", "-o", metavar="NAME=VALUE", help="Option of the method, such as r=13 or keep=0.7."),
     ] = None,
     image: Annotated[str | None, typer.Option(help="Photograph, for methods that choose by content.")] = None,
     json_file: JsonOption = None,

@@ -158,16 +158,12 @@ def run(options: Options, say: Callable[[str], None] = print) -> dict:
     images = images.to(device, _DTYPES[options.dtype]).expand(options.batch, -1, -1, -1).contiguous()
     if not _library.has_kernels(device.type):
         reason = _library.cpu_error or _library.cuda_error
-        say(
-            f"The compiled kernels are not loaded ({reason}): "
-            "the PyTorch reference runs, and its times mean little."
-        )
+        say(f"The compiled kernels are not loaded ({reason}): the PyTorch reference runs, and its times mean little.")
     with threads(options.threads) as used, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*runs the slower PyTorch reference.*")
         entries = variants(model)
         say(
-            f"Running {len(entries)} variants of {options.model} on {description} "
-            f"({device.type}, {used} thread(s)) ..."
+            f"Running {len(entries)} variants of {options.model} on {description} ({device.type}, {used} thread(s)) ..."
         )
         with torch.inference_mode():
             rows = _rows(entries, images, device, options, weights)
@@ -370,9 +366,7 @@ def show_count(result: dict, console: Console) -> None:
         "method adds",
         "ideal speed-up",
     ):
-        table.add_column(
-            column, justify="left" if column in ("", "tokens per layer") else "right", overflow="fold"
-        )
+        table.add_column(column, justify="left" if column in ("", "tokens per layer") else "right", overflow="fold")
     for row in result["rows"]:
         parts = [f"{row['gflops_by_part'][part]:.3f}" for part in ("linear", "conv", "attention")]
         table.add_row(

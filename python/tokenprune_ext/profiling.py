@@ -231,9 +231,7 @@ def _tokens(model, images):
 
 
 @torch.no_grad()
-def profile(
-    model: torch.nn.Module, images: torch.Tensor, *, budget_s: float = 1.0, clock: str = "auto"
-) -> dict:
+def profile(model: torch.nn.Module, images: torch.Tensor, *, budget_s: float = 1.0, clock: str = "auto") -> dict:
     """Tokens per layer, FLOPs by part, latency by part and peak memory of one forward pass.
 
     Args:
@@ -249,7 +247,7 @@ def profile(
         GFLOPs count a multiply-add as two.
     """
     device = images.device
-    run = lambda: model(images)  # noqa: E731
+    run = lambda: model(images)
     training = model.training
     model.eval()
     try:

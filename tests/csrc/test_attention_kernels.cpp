@@ -207,7 +207,7 @@ void policy(const std::string& name, int batch, int tokens, int heads, int dim, 
 
 template <typename T>
 void tiny() {
-  const Case c{"tiny", {3}, {130}, 1, 32, true, true};  // several tiles: their buffers are used again
+  const Case c{"tiny", {20}, {130}, 1, 32, true, true};  // several tiles: their buffers are used again
   forward<T>(c), scores<T>(c, 1), backward<T>(c, 7, 1), policy<T>("tiny", 1, 5, 1, 32, 1e-2);
 }
 

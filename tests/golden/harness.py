@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Golden files: results of the original implementations, compared with ours. The format is in docs/spec/golden.md.
+"""Golden files: results of the original implementations, compared with ours. Format: docs/spec/golden.md.
 
-A kind is served by a handler in ``kinds/*.py``: a function from a :class:`Golden` to the tensors that it computes, by
-the names they have in the file. Every ``out.*`` and ``grad.*`` of the file must be among them.
+A kind is served by a handler in ``kinds/*.py``: a function from a :class:`Golden` to the tensors that it computes,
+by the names they have in the file. Every ``out.*`` and ``grad.*`` of the file must be among them.
 """
 
 import json
@@ -54,7 +54,7 @@ class Golden:
         return self[name].clone().requires_grad_()
 
     def gradients(self, outputs: dict[str, Tensor], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``grad.<leaf>`` of the sum over outputs of ``out * in.grad_out.<out>``; nothing for a file without them."""
+        """``grad.<leaf>`` of the sum of ``out * in.grad_out.<out>``; nothing for a file without them."""
         weights = self.group("in.grad_out")
         if not weights:
             return {}
@@ -65,7 +65,7 @@ class Golden:
 
 
 def kind(name: str, config: dict):
-    """Decorator: serve ``name``. ``config`` gives for every legal key a type or a tuple of the legal values."""
+    """Decorator: serve ``name``. ``config``: for every legal key a type or a tuple of the legal values."""
 
     def decorate(function):
         if name in handlers:
@@ -131,13 +131,9 @@ def compare(golden: Golden, name: str, actual: Tensor):
     """One tensor against the file's, under the file's rule."""
     expected = golden.tensors[name]
     actual = actual.detach().cpu()
-    assert actual.shape == expected.shape, (
-        f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    )
+    assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     atol, rtol = tolerances(golden, name)
-    exact = (
-        not expected.is_floating_point() and atol < 1
-    )  # a tolerance of whole steps is meant for the integers
+    exact = not expected.is_floating_point() and atol < 1  # a tolerance of whole steps is meant for the integers
     if exact:
         assert torch.equal(actual.to(expected.dtype), expected), f"{name}: integers differ"
         return

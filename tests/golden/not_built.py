@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Golden kinds whose systems are not built yet. Whoever builds one adds a handler and deletes its line here."""
+"""Golden kinds whose systems are not built yet: building one adds a handler and deletes its line here."""
 
 NOT_BUILT = {
     "classification/dynamicvit",

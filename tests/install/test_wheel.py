@@ -97,9 +97,7 @@ def test_wheel_contents(wheel):
         libraries = {n: archive.read(n) for n in names if n.endswith(".so")}
     assert "tokenprune_ext/libtokenprune_cpu.so" in libraries
     assert not [
-        n
-        for n in names
-        if n.startswith(("tests/", "csrc/", "benchmarks/")) or n.endswith((".cpp", ".cu", ".o"))
+        n for n in names if n.startswith(("tests/", "csrc/", "benchmarks/")) or n.endswith((".cpp", ".cu", ".o"))
     ]
     requirements = [r.replace(" ", "") for r in fields.get_all("Requires-Dist") or []]
     assert any(r.startswith("torch>=2.11") for r in requirements), requirements

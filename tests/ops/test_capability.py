@@ -66,7 +66,5 @@ def test_the_forced_instruction_set_is_the_one_in_use(capability):
         "print(name().decode())\n"
     )
     environment = {**os.environ, "TOKENPRUNE_CPU_CAPABILITY": capability}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == capability

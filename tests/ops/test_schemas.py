@@ -120,9 +120,7 @@ def test_families_include_only_common():
     for path in SOURCES:
         for name in includes(path):
             crossed = re.match(r"\.\./(\w+)/(.+)", name)
-            assert not crossed or crossed[1] == "common" or crossed[2] == "math.h", (
-                f"{path.relative_to(ROOT)}: {name}"
-            )
+            assert not crossed or crossed[1] == "common" or crossed[2] == "math.h", f"{path.relative_to(ROOT)}: {name}"
 
 
 def check_calls(text):

@@ -14,7 +14,7 @@ SCORES = {"cls_row_mean_over_heads": "cls", "mean_over_all_queries": "mean"}
 
 
 def swag_block(golden, width, hidden, heads):
-    """A SWAG encoder block with the file's parameters; returns its parts and its parameters by official name."""
+    """A SWAG encoder block with the file's parameters: its parts, its parameters by official name."""
     modules = {
         "ln_1": nn.LayerNorm(width, eps=1e-6),
         "self_attention.in_proj": nn.Linear(width, 3 * width),

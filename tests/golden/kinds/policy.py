@@ -10,7 +10,7 @@ from tests.golden.harness import kind
 
 @kind("classification/policy_softmax", {"B": int, "H": int, "N": int, "eps": float})
 def policy_softmax(golden):
-    """The op has no entry for logits: with identity keys and values, queries are logits and outputs probabilities."""
+    """No op takes logits: with identity keys and values, queries are logits, outputs probabilities."""
     attn, policy = golden.leaf("in.attn"), golden.leaf("in.policy")
     batch, heads, tokens, _ = attn.shape
     identity = torch.eye(tokens, device=attn.device)[None, :, None].expand(batch, -1, heads, -1)
@@ -40,9 +40,7 @@ def policy_attention(golden):
     leaves |= {n: golden.leaf(f"in.{n}") for n in ("x", "policy")}
     assert ("qkv.bias" in leaves) == config["qkv_bias"]
     x, heads = leaves["x"], config["num_heads"]
-    qkv = linear(x, leaves["qkv.weight"], leaves.get("qkv.bias")).unflatten(
-        -1, (3, heads, config["dim"] // heads)
-    )
+    qkv = linear(x, leaves["qkv.weight"], leaves.get("qkv.bias")).unflatten(-1, (3, heads, config["dim"] // heads))
     mixed = ops.policy_attention(*qkv.unbind(2), leaves["policy"][..., 0], config["eps"])
     y = linear(mixed.flatten(2), leaves["proj.weight"], leaves["proj.bias"])
     return {"out.y": y} | golden.gradients({"y": y}, leaves)

@@ -51,9 +51,7 @@ def tome_matching(golden):
     return {f"out.{n}": t for n, t in values.items()} | gradients
 
 
-@kind(
-    "swag/tome_chain", {"op": ("tome_chain",), "B": int, "T": int, "C": int, "class_token": bool, "r": [int]}
-)
+@kind("swag/tome_chain", {"op": ("tome_chain",), "B": int, "T": int, "C": int, "class_token": bool, "r": [int]})
 def tome_chain(golden):
     config, result = golden.config, {}
     leaf = x = golden.leaf("in.x")
@@ -90,7 +88,5 @@ def tome_random(golden):
     # the destinations are the rows of the output, in order: find the token that sits in each of them
     parent = matching.parent
     is_source = torch.zeros(parent.shape).scatter(1, matching.src.cpu().long(), 1).to(parent.device)
-    rows = torch.where(is_source > 0, matching.num_tokens_out, parent).argsort(1)[
-        :, : matching.num_tokens_out
-    ]
+    rows = torch.where(is_source > 0, matching.num_tokens_out, parent).argsort(1)[:, : matching.num_tokens_out]
     return result | {"out.a_idx": matching.src, "out.b_idx": rows, "out.dst_idx": matching.dst}
