@@ -221,9 +221,12 @@ def run_case(suite: str, family: str, case: Case, context: Context, ceilings: di
         ``(results, notes)``: no result when the output does not match the reference; a second one for CUDA
         graphs.
     """
-    prepared = case.make()
-    reference = prepared.reference() if prepared.reference is not None else None
-    complaint = check(prepared, case.dtype, reference)
+    try:
+        prepared = case.make()
+        reference = prepared.reference() if prepared.reference is not None else None
+        complaint = check(prepared, case.dtype, reference)
+    except Exception as error:  # one broken case must not hide the others
+        return [], [f"{case.name}: NOT TIMED, {type(error).__name__}: {' '.join(str(error).split())[:200]}"]
     if complaint is not None:
         return [], [f"{case.name}: NOT TIMED, {complaint}"]
     peers = usable_peers(prepared, context, case.dtype, reference)

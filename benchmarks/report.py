@@ -44,7 +44,9 @@ def _target_text(result: dict) -> str:
 
 
 def _ops_table(results: list[dict]) -> Table:
-    table = Table(title="Ops (ratio = target peer / ours [rounds]; floor = what bytes and FLOPs allow here)")
+    table = Table(
+        title="Ops (ratio = target peer / ours, with its range over the rounds; floor = what bytes and FLOPs allow here)"
+    )
     left = ("case", "dtype", "target peer", "target", "best peer (same outputs)")
     for name in ("case", "dtype", "thr", "ours", *left[2:3], "ratio", *left[3:], "floor", "of floor"):
         table.add_column(name, justify="left" if name in left else "right", overflow="fold")

@@ -35,19 +35,21 @@ struct KeyColumn {
 };
 template <typename Tile>
 using GradQueryLayout = SharedLayout<Tile, 2, 2, KeyColumn<typename Tile::Stat>>;
+template <typename Tile>
+constexpr int kGradQueryBlocks = Tile::kMma || Tile::kRows == 32 ? 3 : 2;
 
 template <typename Tile>
-__global__ void __launch_bounds__(kThreads) attention_grad_query_kernel(AttentionParams p, const void* delta,
+__global__ void __launch_bounds__(kThreads, kGradQueryBlocks<Tile>) attention_grad_query_kernel(AttentionParams p, const void* delta,
                                                                         int blocks) {
   using T = typename Tile::Value;
   using S = typename Tile::Stat;
   using Layout = GradQueryLayout<Tile>;
   const Place place = place_of(blocks);
-  T* grad = static_cast<T*>(p.grad_q) + place.head * p.dim;
+  const auto grad_at = [&](int64_t row) { return static_cast<T*>(p.grad_q) + (row * p.heads + place.head) * p.dim; };
   const int64_t stride = p.heads * p.dim;
   const int dim = static_cast<int>(p.dim);
   if (place.sequence == p.batch) {
-    clear_rows(grad, stride, dim, clamp_to(p.cu_q[p.batch], 0, p.total_q), p.total_q, place);
+    clear_rows(grad_at(0), stride, dim, clamp_to(p.cu_q[p.batch], 0, p.total_q), p.total_q, place);
     return;
   }
   const Range queries = range_of(p.cu_q, place.sequence, p.total_q);
@@ -104,8 +106,7 @@ __global__ void __launch_bounds__(kThreads) attention_grad_query_kernel(Attentio
     Tile::accumulate(sums, s, tile, shared.scratch());
   });
   if (active) {
-    Tile::store(sums, factor, shared.own(0), grad + (queries.begin + first) * stride, stride, queries.count - first,
-                dim);
+    Tile::store(sums, factor, shared.own(0), grad_at(queries.begin + first), stride, queries.count - first, dim);
   }
 }
 
@@ -119,21 +120,22 @@ template <typename Tile>
 using GradKeyLayout = SharedLayout<Tile, 2, 2, QueryColumn<typename Tile::Stat>>;
 
 template <typename Tile>
-__global__ void __launch_bounds__(kThreads) attention_grad_key_kernel(AttentionParams p, const void* delta,
+__global__ void __launch_bounds__(kThreads, 2) attention_grad_key_kernel(AttentionParams p, const void* delta,
                                                                       int blocks) {
   using T = typename Tile::Value;
   using S = typename Tile::Stat;
   using Layout = GradKeyLayout<Tile>;
   const Place place = place_of(blocks);
-  T *grad_k = static_cast<T*>(p.grad_k) + place.head * p.dim, *grad_v = static_cast<T*>(p.grad_v) + place.head * p.dim;
-  S* grad_bias = static_cast<S*>(p.grad_bias) + place.head * p.total_k;
+  const auto grad_k_at = [&](int64_t row) { return static_cast<T*>(p.grad_k) + (row * p.heads + place.head) * p.dim; };
+  const auto grad_v_at = [&](int64_t row) { return static_cast<T*>(p.grad_v) + (row * p.heads + place.head) * p.dim; };
+  const auto grad_bias_at = [&](int64_t row) { return static_cast<S*>(p.grad_bias) + place.head * p.total_k + row; };
   const int64_t stride = p.heads * p.dim;
   const int dim = static_cast<int>(p.dim);
   if (place.sequence == p.batch) {
-    const int64_t end = clamp_to(p.cu_k[p.batch], 0, p.total_k);
-    clear_rows(grad_k, stride, dim, end, p.total_k, place);
-    clear_rows(grad_v, stride, dim, end, p.total_k, place);
-    fill_stats(grad_bias, S(0), end, p.total_k, place);
+    const int end = clamp_to(p.cu_k[p.batch], 0, p.total_k);
+    clear_rows(grad_k_at(0), stride, dim, end, p.total_k, place);
+    clear_rows(grad_v_at(0), stride, dim, end, p.total_k, place);
+    fill_stats(grad_bias_at(0), S(0), end, p.total_k, place);
     return;
   }
   const Range queries = range_of(p.cu_q, place.sequence, p.total_q);
@@ -203,12 +205,11 @@ __global__ void __launch_bounds__(kThreads) attention_grad_key_kernel(AttentionP
   for (int i = 0; i < Tile::kRowSlots; ++i) {
     const S sum = Tile::row_sum(bias_sum[i]);
     const int row = first + Tile::row(i);
-    if (row < keys.count && Tile::col(0) == 0) grad_bias[keys.begin + row] = sum;
+    if (row < keys.count && Tile::col(0) == 0) *grad_bias_at(keys.begin + row) = sum;
   }
   if (active) {
-    const int64_t start = (keys.begin + first) * stride;
-    Tile::store(sum_k, factor, shared.own(0), grad_k + start, stride, keys.count - first, dim);
-    Tile::store(sum_v, one, shared.own(1), grad_v + start, stride, keys.count - first, dim);
+    Tile::store(sum_k, factor, shared.own(0), grad_k_at(keys.begin + first), stride, keys.count - first, dim);
+    Tile::store(sum_v, one, shared.own(1), grad_v_at(keys.begin + first), stride, keys.count - first, dim);
   }
 }
 

@@ -8,6 +8,9 @@ namespace tokenprune::attention {
 
 template <typename Tile>
 using ForwardLayout = SharedLayout<Tile, 1, 2, typename Tile::Stat>;
+// Blocks per multiprocessor that the registers allow, here and below: as many as compile without spills.
+template <typename Tile>
+constexpr int kForwardBlocks = !Tile::kMma || Tile::kDim > 64 ? (Tile::kDim > 96 && Tile::kMma ? 2 : 3) : 4;
 
 // Running maximum (base 2), sum of weights (per thread until the end) and weighted sum of the values of each own row.
 template <typename Tile>
@@ -37,30 +40,29 @@ struct Softmax {
 };
 
 template <typename Tile>
-__global__ void __launch_bounds__(kThreads) sparse_attention_kernel(AttentionParams p, int blocks) {
+__global__ void __launch_bounds__(kThreads, kForwardBlocks<Tile>) sparse_attention_kernel(AttentionParams p, int blocks) {
   using T = typename Tile::Value;
   using S = typename Tile::Stat;
   const Place place = place_of(blocks);
-  T* out = static_cast<T*>(p.o) + place.head * p.dim;
-  S* lse = static_cast<S*>(p.lse) + place.head * p.total_q;
-  S* cls = p.cls != nullptr ? static_cast<S*>(p.cls) + place.head * p.total_k : nullptr;
   const int64_t out_stride = p.heads * p.dim;
   const int dim = static_cast<int>(p.dim);
+  const auto out_at = [&](int64_t row) { return static_cast<T*>(p.o) + row * out_stride + place.head * p.dim; };
+  const auto lse_at = [&](int64_t row) { return static_cast<S*>(p.lse) + place.head * p.total_q + row; };
+  const auto cls_at = [&](int64_t row) { return static_cast<S*>(p.cls) + place.head * p.total_k + row; };
+  bool cls = p.cls != nullptr;
   if (place.sequence == p.batch) {
-    const int64_t end_q = clamp_to(p.cu_q[p.batch], 0, p.total_q), end_k = clamp_to(p.cu_k[p.batch], 0, p.total_k);
-    clear_rows(out, out_stride, dim, end_q, p.total_q, place);
-    fill_stats(lse, -kInfinity<S>, end_q, p.total_q, place);
-    if (cls != nullptr) fill_stats(cls, S(0), end_k, p.total_k, place);
+    const int end_q = clamp_to(p.cu_q[p.batch], 0, p.total_q), end_k = clamp_to(p.cu_k[p.batch], 0, p.total_k);
+    clear_rows(out_at(0), out_stride, dim, end_q, p.total_q, place);
+    fill_stats(lse_at(0), -kInfinity<S>, end_q, p.total_q, place);
+    if (cls) fill_stats(cls_at(0), S(0), end_k, p.total_k, place);
     return;
   }
   const Range queries = range_of(p.cu_q, place.sequence, p.total_q);
   const Range keys = range_of(p.cu_k, place.sequence, p.total_k);
   const int first = place.block * Tile::kRows, thread = static_cast<int>(threadIdx.x);
-  if (place.block > 0) cls = nullptr;  // the block with the first query writes its row
+  cls = cls && place.block == 0;  // the block with the first query writes its row
   if (first >= queries.count) {
-    if (cls != nullptr) {
-      for (int i = thread; i < keys.count; i += kThreads) cls[keys.begin + i] = 0;
-    }
+    for (int i = thread; cls && i < keys.count; i += kThreads) *cls_at(keys.begin + i) = 0;
     return;
   }
 
@@ -94,11 +96,11 @@ __global__ void __launch_bounds__(kThreads) sparse_attention_kernel(AttentionPar
         top[i] = max_of(top[i], s.at(i, j));
       }
     }
-    if (cls != nullptr && Tile::row(0) == 0) {  // raw logits for now
+    if (cls && Tile::row(0) == 0) {  // raw logits for now
 #pragma unroll
       for (int j = 0; j < Tile::kColSlots; ++j) {
         const int position = tile * Tile::kCols + Tile::col(j);
-        if (position < keys.count) cls[keys.begin + position] = s.at(0, j);
+        if (position < keys.count) *cls_at(keys.begin + position) = s.at(0, j);
       }
     }
     state.raise(top, base);
@@ -120,22 +122,22 @@ __global__ void __launch_bounds__(kThreads) sparse_attention_kernel(AttentionPar
     factor[i] = sum == 0 ? S(0) : S(1) / sum;
     lse2[i] = state.best[i] + log2_of(sum);  // no visible key: -inf
     if (first + Tile::row(i) < queries.count && Tile::col(0) == 0) {
-      lse[queries.begin + first + Tile::row(i)] = lse2[i] * static_cast<S>(kLn2);
+      *lse_at(queries.begin + first + Tile::row(i)) = lse2[i] * static_cast<S>(kLn2);
     }
   }
   if (active) {
-    Tile::store(state.values, factor, shared.own(0), out + (queries.begin + first) * out_stride, out_stride,
-                queries.count - first, dim);
+    Tile::store(state.values, factor, shared.own(0), out_at(queries.begin + first), out_stride, queries.count - first,
+                dim);
   }
-  if (cls != nullptr) {
+  if (cls) {
     S* row_lse = shared.columns(0);
     __syncthreads();  // the last tile read its columns
     if (thread == 0) row_lse[0] = lse2[0];
     __syncthreads();
     const S total = row_lse[0];
     for (int i = thread; i < keys.count; i += kThreads) {
-      const S logit = cls[keys.begin + i];
-      cls[keys.begin + i] = total == -kInfinity<S> ? S(0) : exp2_fast(logit - total);
+      S* score = cls_at(keys.begin + i);
+      *score = total == -kInfinity<S> ? S(0) : exp2_fast(*score - total);
     }
   }
 }

@@ -11,30 +11,36 @@ namespace tokenprune::attention {
 
 constexpr int64_t kMostDim = 128;
 
+// How many head widths have kernels of their own: all that vision transformers use, or fewer for the sake of build time.
+constexpr int kAllWidths = 0, kCommonWidths = 1, kTwoWidths = 2;
+
 // float and double: tiles whose shared memory fits every supported card (99 KB) in all kernels.
-template <typename T, typename F>
+template <typename T, int Widths, typename F>
 void visit_fma_tile(int64_t dim, F&& f) {
   constexpr int kSmall = sizeof(T) == 8 ? 32 : 64;
-  if (dim <= 32) return f.template operator()<FmaTile<T, 2, kSmall>>();
+  if constexpr (Widths == kAllWidths && sizeof(T) == 4) {  // double is there to check gradients
+    if (dim <= 32) return f.template operator()<FmaTile<T, 2, kSmall>>();
+    if (dim > 64 && dim <= 96) return f.template operator()<FmaTile<T, 6, kSmall / 2>>();
+  }
   if (dim <= 64) return f.template operator()<FmaTile<T, 4, kSmall>>();
-  if (dim <= 96) return f.template operator()<FmaTile<T, 6, kSmall / 2>>();
   f.template operator()<FmaTile<T, 8, kSmall / 2>>();
 }
 
-// Calls f<Tile>() with the engine for head width `dim`. 16-bit tiles have 64 columns up to a width of WideUpTo and 32
-// above, where the accumulators need the registers. All widths that vision transformers use are exact when `Exact`;
-// ops where speed matters less have fewer kernels.
-template <typename T, int WideUpTo, bool Exact, typename F>
+// Calls f<Tile>() with the engine for head width `dim`: the next width that has a kernel, the rest is zeros. 16-bit
+// tiles have 64 columns up to a width of WideUpTo and 32 above, where the sums need the registers.
+template <typename T, int WideUpTo, int Widths, typename F>
 void visit_tile(int64_t dim, F&& f) {
   if constexpr (sizeof(T) >= 4) {
-    visit_fma_tile<T>(dim, f);
+    visit_fma_tile<T, Widths>(dim, f);
   } else {
     const auto with = [&]<int Dim>() { f.template operator()<MmaTile<T, Dim, (Dim <= WideUpTo ? 64 : 32)>>(); };
-    if constexpr (Exact) {
+    if constexpr (Widths != kTwoWidths) {
       if (dim <= 32) return with.template operator()<32>();
-      if (dim > 32 && dim <= 48) return with.template operator()<48>();
       if (dim > 64 && dim <= 80) return with.template operator()<80>();
-      if (dim > 64 && dim <= 96) return with.template operator()<96>();
+    }
+    if constexpr (Widths == kAllWidths) {
+      if (dim > 32 && dim <= 48) return with.template operator()<48>();
+      if (dim > 80 && dim <= 96) return with.template operator()<96>();
     }
     if (dim <= 64) return with.template operator()<64>();
     with.template operator()<128>();
@@ -54,7 +60,7 @@ inline dim3 sequence_grid(const AttentionParams& p, int blocks) {
 template <typename T, typename Launch>
 void launch_forward(const Launch& launch, const AttentionParams& p) {
   if (p.heads == 0 || (p.total_q == 0 && p.cls == nullptr)) return;
-  visit_tile<T, 128, true>(p.dim, [&]<typename Tile>() {
+  visit_tile<T, 128, kAllWidths>(p.dim, [&]<typename Tile>() {
     const int blocks = blocks_of(p.max_q, Tile::kRows);
     launch(&sparse_attention_kernel<Tile>, sequence_grid(p, blocks), kThreads, ForwardLayout<Tile>::kBytes, p, blocks);
   });
@@ -65,7 +71,7 @@ template <typename T, typename Launch>
 void launch_scores(const Launch& launch, const AttentionParams& p) {
   const bool keys_own = p.scores != nullptr;
   if (p.heads == 0 || (keys_own ? p.total_k : p.total_q) == 0) return;
-  visit_tile<T, 128, false>(p.dim, [&]<typename Tile>() {
+  visit_tile<T, 128, kTwoWidths>(p.dim, [&]<typename Tile>() {
     const int blocks = blocks_of(keys_own ? p.max_k : p.max_q, Tile::kRows);
     launch(keys_own ? &attention_scores_kernel<Tile, true> : &attention_scores_kernel<Tile, false>,
            sequence_grid(p, blocks), kThreads, ScoreLayout<Tile>::kBytes, p, blocks);
@@ -80,14 +86,14 @@ void launch_backward(const Launch& launch, const AttentionParams& p, void* delta
     const int64_t warps = kThreads / 32;
     launch(&attention_delta_kernel<T>, dim3(static_cast<unsigned>((p.total_q * p.heads + warps - 1) / warps)), kThreads,
            0, p, delta);
-    visit_tile<T, 96, true>(p.dim, [&]<typename Tile>() {
+    visit_tile<T, 80, kCommonWidths>(p.dim, [&]<typename Tile>() {
       const int blocks = blocks_of(p.max_q, Tile::kRows);
       launch(&attention_grad_query_kernel<Tile>, sequence_grid(p, blocks), kThreads, GradQueryLayout<Tile>::kBytes, p,
              delta, blocks);
     });
   }
   if (p.total_k == 0) return;
-  visit_tile<T, 64, true>(p.dim, [&]<typename Tile>() {
+  visit_tile<T, 64, kCommonWidths>(p.dim, [&]<typename Tile>() {
     const int blocks = blocks_of(p.max_k, Tile::kRows);
     launch(&attention_grad_key_kernel<Tile>, sequence_grid(p, blocks), kThreads, GradKeyLayout<Tile>::kBytes, p, delta,
            blocks);
@@ -105,7 +111,7 @@ void launch_policy(const Launch& launch, const PolicyParams& p, const PolicyWork
   if (w.value_sum != nullptr && p.dim > 0) {
     launch(&policy_value_sum_kernel<T>, dim3(static_cast<unsigned>(p.batch * p.heads)), kThreads, 0, p, w);
   }
-  visit_tile<T, 128, false>(p.dim, [&]<typename Tile>() {
+  visit_tile<T, 128, kTwoWidths>(p.dim, [&]<typename Tile>() {
     const int blocks = blocks_of(p.tokens, Tile::kRows);
     launch(&policy_attention_kernel<Tile>, policy_grid(p, blocks), kThreads, PolicyForwardLayout<Tile>::kBytes, p, w,
            blocks);
@@ -120,7 +126,7 @@ void launch_policy_backward(const Launch& launch, const PolicyParams& p, const P
   }
   const int64_t rows = p.batch * p.heads * p.tokens, warps = kThreads / 32;
   launch(&policy_row_kernel<T>, dim3(static_cast<unsigned>((rows + warps - 1) / warps)), kThreads, 0, p, w);
-  visit_tile<T, 64, false>(p.dim, [&]<typename Tile>() {
+  visit_tile<T, 64, kTwoWidths>(p.dim, [&]<typename Tile>() {
     const int blocks = blocks_of(p.tokens, Tile::kRows);
     launch(&policy_grad_query_kernel<Tile>, policy_grid(p, blocks), kThreads, PolicyGradQueryLayout<Tile>::kBytes, p, w,
            blocks);

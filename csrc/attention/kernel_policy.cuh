@@ -73,7 +73,7 @@ template <typename Tile>
 using PolicyForwardLayout = SharedLayout<Tile, 1, 2, PolicyColumn<typename Tile::Stat>>;
 
 template <typename Tile>
-__global__ void __launch_bounds__(kThreads) policy_attention_kernel(PolicyParams p, PolicyWorkspace w, int blocks) {
+__global__ void __launch_bounds__(kThreads, 3) policy_attention_kernel(PolicyParams p, PolicyWorkspace w, int blocks) {
   using T = typename Tile::Value;
   using S = typename Tile::Stat;
   using Layout = PolicyForwardLayout<Tile>;

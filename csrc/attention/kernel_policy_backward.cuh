@@ -43,7 +43,7 @@ template <typename Tile>
 using PolicyGradQueryLayout = SharedLayout<Tile, 2, 2, PolicyColumn<typename Tile::Stat>>;
 
 template <typename Tile>
-__global__ void __launch_bounds__(kThreads) policy_grad_query_kernel(PolicyParams p, PolicyWorkspace w, int blocks) {
+__global__ void __launch_bounds__(kThreads, 2) policy_grad_query_kernel(PolicyParams p, PolicyWorkspace w, int blocks) {
   using T = typename Tile::Value;
   using S = typename Tile::Stat;
   using Layout = PolicyGradQueryLayout<Tile>;
@@ -121,7 +121,7 @@ template <typename Tile>
 using PolicyGradKeyLayout = SharedLayout<Tile, 2, 2, PolicyRow<typename Tile::Stat>>;
 
 template <typename Tile>
-__global__ void __launch_bounds__(kThreads) policy_grad_key_kernel(PolicyParams p, PolicyWorkspace w, int blocks) {
+__global__ void __launch_bounds__(kThreads, 2) policy_grad_key_kernel(PolicyParams p, PolicyWorkspace w, int blocks) {
   using T = typename Tile::Value;
   using S = typename Tile::Stat;
   using Layout = PolicyGradKeyLayout<Tile>;

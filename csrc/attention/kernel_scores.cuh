@@ -31,14 +31,16 @@ __device__ __forceinline__ S query_weight(int64_t kind, int position, int querie
 }
 
 template <typename Tile, bool KeysOwn>
-__global__ void __launch_bounds__(kThreads) attention_scores_kernel(AttentionParams p, int blocks) {
+__global__ void __launch_bounds__(kThreads, 4) attention_scores_kernel(AttentionParams p, int blocks) {
   using T = typename Tile::Value;
   using S = typename Tile::Stat;
   const Place place = place_of(blocks);
   const int64_t total = KeysOwn ? p.total_k : p.total_q;
-  S* result = static_cast<S*>(KeysOwn ? p.scores : p.grad_lse_out) + place.head * total;
+  const auto result_at = [&](int64_t row) {
+    return static_cast<S*>(KeysOwn ? p.scores : p.grad_lse_out) + place.head * total + row;
+  };
   if (place.sequence == p.batch) {
-    fill_stats(result, S(0), clamp_to((KeysOwn ? p.cu_k : p.cu_q)[p.batch], 0, total), total, place);
+    fill_stats(result_at(0), S(0), clamp_to((KeysOwn ? p.cu_k : p.cu_q)[p.batch], 0, total), total, place);
     return;
   }
   const Range queries = range_of(p.cu_q, place.sequence, p.total_q);
@@ -94,7 +96,7 @@ __global__ void __launch_bounds__(kThreads) attention_scores_kernel(AttentionPar
     const int row = first + Tile::row(i);
     if (row < rows.count && Tile::col(0) == 0) {
       const S weight = query_weight<S>(p.scores_kind, KeysOwn ? 0 : row, queries.count);
-      result[rows.begin + row] = queries.count == 0 ? S(0) : KeysOwn ? value * weight : -value * weight;
+      *result_at(rows.begin + row) = queries.count == 0 ? S(0) : KeysOwn ? value * weight : -value * weight;
     }
   }
 }

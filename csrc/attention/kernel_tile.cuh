@@ -32,6 +32,7 @@ template <typename T, int Dim, int Columns>
 struct MmaTile {
   using Value = T;
   using Stat = float;
+  static constexpr bool kMma = true;
   static constexpr int kRows = 64, kCols = Columns, kDim = Dim, kStages = 2, kScratch = 0;
   static constexpr int kPitch = Dim + 8;  // an odd number of 16-byte units: ldmatrix is free of bank conflicts
   static constexpr int kRowSlots = 2, kColSlots = Columns / 4, kDimSlots = Dim / 4;
@@ -80,7 +81,7 @@ struct MmaTile {
     const int l = lane();
     const T* a_row = own + (warp_row() + l % 16) * kPitch + l / 16 * 8;
     const T* b_row = other + (l / 16 * 8 + l % 8) * kPitch + l / 8 % 2 * 8;
-#pragma unroll
+#pragma unroll(Dim == 96 || Dim == 128 ? 2 : Dim / 16)  // wide sums leave few registers
     for (int k = 0; k < Dim; k += 16) {
       uint32_t a[4];
       load_matrix_x4(a, a_row + k);
@@ -146,6 +147,7 @@ template <typename T, int DimSlots, int Rows>
 struct FmaTile {
   using Value = T;
   using Stat = T;
+  static constexpr bool kMma = false;
   static constexpr int kUnit = kPack<T>;
   static constexpr int kRows = Rows, kCols = Rows, kDim = 16 * DimSlots, kStages = 1;
   static constexpr int kPitch = kDim + kUnit, kWeightPitch = Rows + kUnit;  // odd numbers of 16-byte units
@@ -270,17 +272,16 @@ __device__ __forceinline__ Place place_of(int blocks) {
           static_cast<int>(blockIdx.y)};
 }
 
-struct Range {
-  int64_t begin;
-  int count;
+struct Range {  // packed positions fit int32, as cu_seqlens do
+  int begin, count;
 };
-__device__ __forceinline__ int64_t clamp_to(int64_t v, int64_t low, int64_t high) {
-  return v < low ? low : v > high ? high : v;
+__device__ __forceinline__ int clamp_to(int v, int64_t low, int64_t high) {
+  return v < low ? static_cast<int>(low) : v > high ? static_cast<int>(high) : v;
 }
 // Wrong contents of cu_seqlens stay inside the buffers.
 __device__ __forceinline__ Range range_of(const int32_t* cu, int64_t sequence, int64_t total) {
-  const int64_t begin = clamp_to(cu[sequence], 0, total), end = clamp_to(cu[sequence + 1], begin, total);
-  return {begin, static_cast<int>(end - begin)};
+  const int begin = clamp_to(cu[sequence], 0, total), end = clamp_to(cu[sequence + 1], begin, total);
+  return {begin, end - begin};
 }
 
 // Slots of no sequence: the blocks of one head share [cu[batch], total).
@@ -303,21 +304,22 @@ __device__ __forceinline__ void clear_rows(T* rows, int64_t stride, int dim, int
 template <typename T>
 struct Operand {
   const T* base;
-  int64_t stride, rows;
+  int64_t stride;
   const int32_t* index;
+  int rows;
   bool packs;
 
   Operand() = default;  // the absent second one
   __device__ __forceinline__ Operand(const Rows& r, int64_t offset, const int32_t* index_, int64_t dim)
       : base(static_cast<const T*>(r.data) + offset),
         stride(r.row_stride),
-        rows(r.data == nullptr ? 0 : r.rows),
         index(index_),
+        rows(r.data == nullptr ? 0 : static_cast<int>(r.rows)),
         packs(packable<T>(base, r.row_stride) && dim % kPack<T> == 0) {}
 
-  __device__ __forceinline__ int row_of(int64_t position) const {
-    const int64_t row = index != nullptr ? index[position] : position;
-    return row >= 0 && row < rows ? static_cast<int>(row) : -1;
+  __device__ __forceinline__ int row_of(int position) const {
+    const int row = index != nullptr ? index[position] : position;
+    return row >= 0 && row < rows ? row : -1;
   }
 };
 
@@ -326,8 +328,7 @@ struct Operand {
 template <typename T, int N>
 struct Side {
   Operand<T> a, b;
-  int64_t begin;
-  int first, count;
+  int begin, first, count;
 
   // Row of slot `slot` (operand slot / kTileRows) in the tile that starts at position `start`; -1: none.
   template <int kTileRows>

@@ -82,6 +82,9 @@ def preprocess(image, model) -> tuple[torch.Tensor, torch.Tensor]:
     from timm.data import create_transform, resolve_model_data_config
 
     config = resolve_model_data_config(model)
+    built_for = getattr(model.patch_embed, "img_size", None)
+    if built_for is not None:  # a model created for another size than its weights were trained at
+        config["input_size"] = (3, *built_for)
     transform = create_transform(**config, is_training=False)
     normalised = transform(image)
     mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))

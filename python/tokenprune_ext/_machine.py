@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a measurement ran on: the machine, and the copy and GEMM rates that it really reaches."""
 
+import ctypes
 import os
 import platform
 import re
@@ -21,6 +22,18 @@ def cpu_name() -> str:
     if "cpu family" in fields:
         name += f" (family {fields['cpu family']}, model {fields.get('model', '?')})"
     return name
+
+
+def kernel_capability() -> str | None:
+    """Instruction set that our CPU kernels use: generic, avx2, avx512 or avx512_bf16; None without the library."""
+    from . import _library
+
+    if not _library.cpu_loaded():
+        return None
+    # Asked from the loaded library itself, so that it also works where the module _C does not fit the interpreter.
+    ask = ctypes.CDLL(str(_library.CPU_LIBRARY)).tokenprune_cpu_capability
+    ask.restype = ctypes.c_char_p
+    return ask().decode()
 
 
 def _math_libraries() -> dict:
@@ -52,6 +65,7 @@ def describe(device: str | torch.device = "cpu") -> dict:
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "kernel_capability": kernel_capability(),
         "load_average": round(os.getloadavg()[0], 2),
         "system": platform.platform(),
         "python": platform.python_version(),

@@ -4,7 +4,6 @@
 import copy
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from ._errors import UserError
@@ -87,15 +86,3 @@ def overhead_macs(variant: Variant, images: Tensor, macs: dict[str, float]) -> f
 def ideal_speedup(dense_macs: dict[str, float], macs: dict[str, float]) -> float:
     """Speed-up if time were proportional to multiply-adds (linear, convolution and attention)."""
     return total_macs(dense_macs) / total_macs(macs)
-
-
-def kept_mask(step: LayerTrace, patches: int, image: int = 0) -> Tensor:
-    """Bool ``[patches]``: which patches of one image a layer processed."""
-    if step.cu_seqlens is None:
-        index = step.index[image]
-    else:
-        start, end = step.cu_seqlens[image : image + 2].tolist()
-        index = step.index[start:end]
-    kept = torch.zeros(patches, dtype=torch.bool)
-    kept[index[index >= 0].long().cpu()] = True
-    return kept

@@ -5,7 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from ._patch import LayerTrace, trace
 
 _BORDER = np.array([1.0, 1.0, 1.0])
 
@@ -61,6 +64,76 @@ def merged_regions(image: Tensor, parent: Tensor, grid: tuple[int, int]) -> np.n
     border[1:] |= label[1:] != label[:-1]
     border[:, 1:] |= label[:, 1:] != label[:, :-1]
     return np.where(border[..., None], 0.6 * _BORDER + 0.4 * painted, painted)
+
+
+def kept_mask(step: LayerTrace, patches: int, image: int = 0) -> Tensor:
+    """Bool ``[patches]``: which patches of one image a layer processed."""
+    if step.cu_seqlens is None:
+        index = step.index[image]
+    else:
+        start, end = step.cu_seqlens[image : image + 2].tolist()
+        index = step.index[start:end]
+    kept = torch.zeros(patches, dtype=torch.bool)
+    kept[index[index >= 0].long().cpu()] = True
+    return kept
+
+
+def _merges(step: LayerTrace, num_prefix: int) -> bool:
+    """Whether a token of the layer stands for several patches (a token fused from dropped ones does not count)."""
+    patches = step.parent.shape[1] - num_prefix
+    rows = step.parent[0, num_prefix:][kept_mask(step, patches).to(step.parent.device)]
+    shared = torch.isin(step.parent[0, num_prefix:], rows[rows >= 0]).sum().item()
+    return shared > rows.shape[0]
+
+
+def panels(model: nn.Module, images: Tensor, picture: Tensor, layers: Sequence[int] | None = None):
+    """What a patched model does to one image, drawn for some layers.
+
+    Args:
+        model: patched timm vision transformer.
+        images: ``[1, 3, H, W]``, as the model takes them.
+        picture: the same crop in 0..1, ``[3, H, W]``.
+        layers: default: four, evenly spread.
+
+    Returns:
+        ``(what is drawn, [(panel title, picture [H, W, 3]), ...])``: merged regions where tokens stand for several
+        patches, kept patches otherwise.
+    """
+    steps, grid, prefix = trace(model, images), model.patch_embed.grid_size, model.num_prefix_tokens
+    depth = len(steps)
+    layers = sorted({depth // 4, depth // 2, 3 * depth // 4, depth - 1}) if layers is None else layers
+    merging = any(_merges(step, prefix) for step in steps)
+    drawn = []
+    for layer in layers:
+        step = steps[layer]
+        if merging:
+            painted = merged_regions(picture, step.parent[0, prefix:], grid)
+        else:
+            painted = kept_patches(picture, kept_mask(step, grid[0] * grid[1]), grid)
+        drawn.append((f"layer {layer}: {int(step.tokens[0])} tokens", painted))
+    return "merged regions" if merging else "kept patches", drawn
+
+
+def visualize(model: nn.Module, images: Tensor, path: str | Path, *, layers: Sequence[int] | None = None) -> Path:
+    """Write a picture of what a patched model does to an image.
+
+    Args:
+        model: patched timm vision transformer.
+        images: ``[B, 3, H, W]``, normalised as the model expects; the first one is drawn.
+        path: file to write.
+        layers: default: four, evenly spread.
+
+    Returns:
+        The path.
+    """
+    config = getattr(model, "pretrained_cfg", {})
+    mean, std = (
+        torch.tensor(config.get(key, default)).view(3, 1, 1)
+        for key, default in (("mean", (0.5,) * 3), ("std", (0.5,) * 3))
+    )
+    picture = (images[0].float().cpu() * std + mean).clamp(0, 1)
+    title, drawn = panels(model, images[:1], picture, layers)
+    return draw_rows(picture, [(f"{type(model.token_reducer).__name__}: {title}", drawn)], path)
 
 
 def draw_rows(image: Tensor, rows: Sequence[tuple[str, Sequence[tuple[str, np.ndarray]]]], path: str | Path) -> Path:

@@ -35,12 +35,7 @@ def _extension_module() -> dict:
         module = importlib.import_module("tokenprune_ext._C")
     except ImportError as error:
         return {"loaded": False, "reason": str(error)}
-    state = {"loaded": True, "reason": None}
-    for name in ("cpu_capability", "cuda_archs", "build_info"):
-        member = getattr(module, name, None)
-        if member is not None:
-            state[name] = member() if callable(member) else member
-    return state
+    return {"loaded": True, "reason": None, "cuda_archs": module.cuda_archs()}
 
 
 def _gpus() -> list[dict]:

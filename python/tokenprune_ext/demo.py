@@ -18,7 +18,7 @@ from ._errors import UserError
 from ._flops import total_macs
 from ._images import load_photo, preprocess
 from ._machine import describe
-from ._visualize import draw_rows, kept_patches, merged_regions
+from ._visualize import draw_rows, panels
 from .profiling import measure, ratio, threads
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -223,22 +223,9 @@ def _label(logits: torch.Tensor) -> str:
 def _picture(entries, images, crop, path) -> Path:
     rows = []
     for entry in entries:
-        layers, steps = _variants.layer_tokens(entry, images)
-        if steps is None or entry.name == "dense":
-            continue
-        depth, grid = len(layers), entry.model.patch_embed.grid_size
-        panels = []
-        for layer in sorted({depth // 4, depth // 2, 3 * depth // 4, depth - 1}):
-            step = steps[layer]
-            count = int(step.tokens[0])
-            if entry.method == "tome":
-                parent = step.parent[0, entry.model.num_prefix_tokens :].cpu()
-                panels.append((f"layer {layer}: {count} tokens", merged_regions(crop, parent, grid)))
-            else:
-                kept = _variants.kept_mask(step, grid[0] * grid[1])
-                panels.append((f"layer {layer}: {count} tokens", kept_patches(crop, kept, grid)))
-        what = "merged regions" if entry.method == "tome" else "kept patches"
-        rows.append((f"{entry.name}: {what}", panels))
+        if entry.method is not None and entry.name != "dense":
+            title, drawn = panels(entry.model, images, crop)
+            rows.append((f"{entry.name}: {title}", drawn))
     try:
         return draw_rows(crop, rows, path)
     except (OSError, ValueError) as error:  # ValueError: matplotlib does not know the suffix

@@ -268,7 +268,7 @@ void test_match_shapes() {
   test_match<T>({1, 300, 72, 8, 2, 1});  // two depths of the matrix path
   test_match<T>({2, 131, 33, 0, 0, 0});
   test_match<T>({2, 90, 16, 3, 0, 0, true});
-  test_match<T>({200, 40, 8});  // one part
+  test_match<T>({3, 40, 8});  // one tile, one part
   test_match<T>({2, 1, 8});
   test_match<T>({2, 2, 8});
   test_match<T>({2, 3, 8, 0, 1, 1});  // nothing may be chosen

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 
 from .. import _library
 
@@ -13,7 +14,7 @@ _ops: dict[str, Callable] = {}
 _warned: set[tuple[str, str]] = set()
 
 
-def register(name, *, fake, reference=None, setup_context=None, backward=None, flops=None):
+def register(name, *, fake, reference=None, setup_context=None, backward=None, flops=None, vmap=None):
     """Attach Python rules to ``tokenprune::name``.
 
     Args:
@@ -23,6 +24,7 @@ def register(name, *, fake, reference=None, setup_context=None, backward=None, f
         setup_context: saves what ``backward`` needs; see ``torch.library.register_autograd``.
         backward: autograd formula. Ops without one raise when differentiated.
         flops: flop formula, called with the op's arguments (not shapes) and ``out_val``.
+        vmap: batching rule; see ``torch.library.register_vmap``.
     """
     if reference is not None:
         _references[name] = reference
@@ -37,10 +39,19 @@ def register(name, *, fake, reference=None, setup_context=None, backward=None, f
         torch.library.register_autograd(
             qualified, backward or _no_gradient(name), setup_context=setup_context or _save_nothing
         )
+    if vmap is not None:
+        torch.library.register_vmap(qualified, vmap)
     if flops is not None:
         from torch.utils.flop_counter import register_flop_formula
 
         register_flop_formula(overload.overloadpacket, get_raw=True)(flops)
+
+
+def batched(tensor, dim, size):
+    """``tensor`` with its vmapped dimension first, expanded to ``size`` where it has none; None stays None."""
+    if tensor is None:
+        return None
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
 def _save_nothing(ctx, inputs, output):
@@ -56,6 +67,8 @@ def _no_gradient(name):
 
 def call(name, device, *args):
     """Run the compiled op, or the reference (with one warning) where there is no kernel for the device."""
+    if not torch.compiler.is_compiling():
+        _refuse_transforms(name, args)
     if _library.has_kernels(device.type):
         return _ops[name](*args)
     if (name, device.type) not in _warned and not torch.compiler.is_compiling():
@@ -65,6 +78,19 @@ def call(name, device, *args):
             f"tokenprune_ext: {name} runs the slower PyTorch reference on {device.type}: {reason}", stacklevel=3
         )
     return _references[name](*args)
+
+
+def _refuse_transforms(name, args):
+    """Forward-mode and functorch differentiation would silently give zeros; say so instead."""
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    functional = interpreter is not None and interpreter.key().name in ("Grad", "Jvp")
+    if functional or (
+        forward_ad._current_level >= 0
+        and any(isinstance(a, torch.Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args)
+    ):
+        raise NotImplementedError(
+            f"tokenprune::{name} supports reverse-mode autograd only (no torch.func.grad, no forward mode)"
+        )
 
 
 def check(condition, op, argument, rule, got, error=ValueError):

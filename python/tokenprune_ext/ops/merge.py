@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._register import call, check, check_floating, register, stat_dtype
+from ._register import batched, call, check, check_floating, register, stat_dtype
 from .tokens import gather_tokens
 
 __all__ = [
@@ -241,6 +241,14 @@ def _backward_merge(ctx, grad, grad_size_out):
     return grad_x, None, None, None if size is None else grad_size, None
 
 
+def _vmap_merge(info, dims, x, parent, out_len, size, mode):
+    x, parent = batched(x, dims[0], info.batch_size), batched(parent, dims[1], info.batch_size)
+    size = batched(size, dims[3], info.batch_size)
+    size = None if size is None else size.flatten(0, 1)
+    y, size_out = torch.ops.tokenprune.merge_tokens(x.flatten(0, 1), parent.flatten(0, 1), out_len, size, mode)
+    return (y.unflatten(0, x.shape[:2]), size_out.unflatten(0, x.shape[:2])), (0, 0)
+
+
 def _flops_nearest(na, nb, channels, batch):
     return 2 * batch * na * nb * channels
 
@@ -326,5 +334,12 @@ register(
     reference=_reference_nearest,
     flops=lambda metric, a, b, *, out_val=None, **kwargs: _flops_nearest(a.shape[1], b.shape[1], metric.shape[2], metric.shape[0]),
 )
-register("merge_tokens", fake=_fake_merge, reference=_reference_merge, setup_context=_setup_merge, backward=_backward_merge)
+register(
+    "merge_tokens",
+    fake=_fake_merge,
+    reference=_reference_merge,
+    setup_context=_setup_merge,
+    backward=_backward_merge,
+    vmap=_vmap_merge,
+)
 register("merge_tokens_backward", fake=_fake_merge_backward)

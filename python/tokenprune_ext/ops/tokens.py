@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._register import call, check, check_floating, check_index, register, stat_dtype
+from ._register import batched, call, check, check_floating, check_index, register, stat_dtype
 
 __all__ = [
     "TokenIndex",
@@ -260,6 +260,34 @@ def _backward_scatter(ctx, grad):
     return grads[0], grads[1], None, None if scale is None else grads[2], None
 
 
+# ---------------------------------------------------------------- vmap: one call over all rows of the batch
+
+
+def _flat_indices(indices, rows):
+    start = torch.arange(indices.shape[0], device=indices.device, dtype=torch.int32)[:, None] * rows
+    return torch.where(indices < 0, indices, indices + start).flatten()
+
+
+def _vmap_gather(info, dims, x, indices):
+    x, indices = (batched(t, d, info.batch_size) for t, d in zip((x, indices), dims))
+    rows = torch.ops.tokenprune.gather_tokens(x.flatten(0, 1), _flat_indices(indices, x.shape[1]))
+    return rows.unflatten(0, indices.shape), 0
+
+
+def _vmap_scatter(info, dims, features, tokens, indices, scale, add):
+    features, tokens, indices, scale = (
+        batched(t, d, info.batch_size) for t, d in zip((features, tokens, indices, scale), dims)
+    )
+    out = torch.ops.tokenprune.scatter_tokens(
+        features.flatten(0, 1),
+        tokens.flatten(0, 1),
+        _flat_indices(indices, features.shape[1]),
+        None if scale is None else scale.flatten(),
+        add,
+    )
+    return out.view(features.shape), 0
+
+
 # ---------------------------------------------------------------- reference
 
 
@@ -323,6 +351,7 @@ register(
     reference=_reference_gather,
     setup_context=_setup_gather,
     backward=_backward_gather,
+    vmap=_vmap_gather,
 )
 register("gather_tokens_backward", fake=lambda grad, indices, rows: grad.new_empty(rows, grad.shape[1]))
 register(
@@ -339,6 +368,7 @@ register(
     reference=_reference_scatter,
     setup_context=_setup_scatter,
     backward=_backward_scatter,
+    vmap=_vmap_scatter,
 )
 register("scatter_tokens_", fake=lambda features, tokens, indices, scale, add: None, reference=_reference_scatter_)
 register("scatter_tokens_backward", fake=_fake_scatter_backward)
