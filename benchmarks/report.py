@@ -11,6 +11,8 @@ SCALING_TARGET = {"attention": 1.85}  # two threads over one; 1.6 elsewhere
 
 
 def _ms(value: float) -> str:
+    if value >= 1000:
+        return f"{value / 1e3:.2f} s"
     return f"{value * 1e3:.1f} us" if value < 0.1 else f"{value:.3g} ms"
 
 

@@ -97,7 +97,6 @@ void policy_backward_item(const PolicyParams& p, int64_t item, char* scratch) {
   C* pad = arena.take<C>(padded);
   C* q = arena.take<C>(kStrip * width);
   C* grad_out = arena.take<C>(kStrip * width);
-  C* out = arena.take<C>(kStrip * width);
   C* grad_q = arena.take<C>(kStrip * width);
   C* e = arena.take<C>(kStrip * padded);
   C* g = arena.take<C>(kStrip * padded);
@@ -118,19 +117,21 @@ void policy_backward_item(const PolicyParams& p, int64_t item, char* scratch) {
   for (int64_t j = 0; j < n; ++j) grad_policy[j] = 0;
   const RowView<T> rows_q = policy_rows<T>(p.q, p.q_batch, image, head);
   const RowView<T> rows_go = policy_rows<T>(p.grad_out, p.grad_out_batch, image, head);
-  const RowView<T> rows_out = policy_rows<T>(p.out, p.out_batch, image, head);
   for (int64_t begin = 0; begin < n; begin += kStrip) {
     const int64_t rows = n - begin < kStrip ? n - begin : kStrip;
     pack_rows(rows_q, begin, rows, dim, width, q);
     pack_rows(rows_go, begin, rows, dim, width, grad_out);
-    pack_rows(rows_out, begin, rows, dim, width, out);
     policy_exponentials(q, width, keys_t, pad, static_cast<C>(p.scale * kLog2E), rows, padded, dim, e, row_max);
     Gemm<C>::panels(grad_out, width, values_t, g, padded, rows, padded, dim);
     for (int64_t r = 0; r < rows; ++r) {
       C *er = e + r * padded, *gr = g + r * padded;
       C *go = grad_out + r * width, delta = 0;
-      for (int64_t d = 0; d < dim; ++d) delta += go[d] * out[r * width + d];
-      const C inverse = C(1) / (row_sum[begin + r] + eps);
+      const C inverse = C(1) / (row_sum[begin + r] + eps), share = eps / static_cast<C>(n);
+      // sum_j G_ij A_ij from the same G as below, not dO_i out_i: where one key holds nearly all the weight, the
+      // difference G - delta cancels, and only equal roundings cancel cleanly.
+      for (int64_t j = 0; j < n; ++j) {
+        delta += gr[j] * ((j == begin + r ? er[j] : er[j] * policy[j]) + share) * inverse;
+      }
       int64_t top = 0;  // E is 1 where the maximum is; the first one takes the gradient of the maximum
       for (int64_t j = n - 1; j >= 0; --j) top = er[j] >= C(1) ? j : top;
       const C self_e = er[begin + r], self_du = (gr[begin + r] - delta) * inverse;

@@ -22,11 +22,14 @@ std::tuple<Tensor, Tensor, Tensor> sparse_attention(const Tensor& q, const Tenso
   AttentionCall call(op, q, k, v, cu_q, cu_k, max_q, max_k, key_bias, q_index, kv_index, scale);
   AttentionParams& p = call.p;
   check_head_dim(op, p.dim);
-  Tensor out = call.new_values(p.total_q), lse = call.new_stats(p.total_q), cls = call.new_stats(want_cls ? p.total_k : 0);
+  Tensor out = call.new_values(p.total_q), lse = call.new_stats(p.total_q),
+         cls = call.new_stats(want_cls ? p.total_k : 0);
   p.o = out.mutable_data_ptr(), p.lse = lse.mutable_data_ptr();
   p.cls = want_cls && p.total_k > 0 ? cls.mutable_data_ptr() : nullptr;
   const Launcher launch(q);
-  visit_floating_cuda(op, call.dtype, [&]<typename T>() { attention::launch_forward<T>(launch, p); });
+  int processors = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, q.get_device_index()));
+  visit_floating_cuda(op, call.dtype, [&]<typename T>() { attention::launch_forward<T>(launch, p, processors); });
   return {out, lse, cls};
 }
 
@@ -46,9 +49,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_attention_backward(
   p.grad_q = grad_q.mutable_data_ptr(), p.grad_k = grad_k.mutable_data_ptr(), p.grad_v = grad_v.mutable_data_ptr();
   p.grad_bias = grad_bias.mutable_data_ptr();
   const Launcher launch(q);
-  visit_floating_cuda(op, call.dtype, [&]<typename T>() {
-    attention::launch_backward<T>(launch, p, delta.mutable_data_ptr());
-  });
+  visit_floating_cuda(op, call.dtype,
+                      [&]<typename T>() { attention::launch_backward<T>(launch, p, delta.mutable_data_ptr()); });
   return {grad_q, grad_k, grad_v, grad_bias};
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Backward of sparse_attention and attention_scores without atomics: one kernel owns query blocks (grad_q), one owns key
-// blocks (grad_k, grad_v, grad_bias); both recompute P_ij = exp(scale q_i.k_j + bias_j - lse_i) and
+// Backward of sparse_attention and attention_scores without atomics: one kernel owns query blocks (grad_q), one owns
+// key blocks (grad_k, grad_v, grad_bias); both recompute P_ij = exp(scale q_i.k_j + bias_j - lse_i) and
 //   dS_ij = P_ij (dO_i.v_j - delta_i + w_i g_j),  delta_i = dO_i.out_i - dlse_i.
 #pragma once
 
@@ -36,11 +36,13 @@ struct KeyColumn {
 template <typename Tile>
 using GradQueryLayout = SharedLayout<Tile, 2, 2, KeyColumn<typename Tile::Stat>>;
 template <typename Tile>
-constexpr int kGradQueryBlocks = Tile::kMma || Tile::kRows == 32 ? 3 : 2;
+constexpr int kGradQueryBlocks = sizeof(typename Tile::Value) == 8 || Tile::kBands == 2 ? 2
+                                 : Tile::kMma || Tile::kRows == 32                      ? 3
+                                                                                        : 2;
 
 template <typename Tile>
-__global__ void __launch_bounds__(kThreads, kGradQueryBlocks<Tile>) attention_grad_query_kernel(AttentionParams p, const void* delta,
-                                                                        int blocks) {
+__global__ void __launch_bounds__(kThreads, kGradQueryBlocks<Tile>)
+    attention_grad_query_kernel(AttentionParams p, const void* delta, int blocks) {
   using T = typename Tile::Value;
   using S = typename Tile::Stat;
   using Layout = GradQueryLayout<Tile>;
@@ -60,11 +62,15 @@ __global__ void __launch_bounds__(kThreads, kGradQueryBlocks<Tile>) attention_gr
   const Layout shared{dynamic_shared<unsigned char>()};
   const bool has_grad = p.grad_out.data != nullptr;
   const Side<T, 2> own{{p.q, place.head * p.q.head_stride, p.q_index, p.dim},
-                        {p.grad_out, place.head * p.grad_out.head_stride, nullptr, p.dim},
-                       queries.begin, first, queries.count};
+                       {p.grad_out, place.head * p.grad_out.head_stride, nullptr, p.dim},
+                       queries.begin,
+                       first,
+                       queries.count};
   const Side<T, 2> other{{p.k, place.head * p.k.head_stride, p.k_index, p.dim},
-                          {p.v, place.head * p.v.head_stride, p.k_index, p.dim},
-                         keys.begin, 0, keys.count};
+                         {p.v, place.head * p.v.head_stride, p.k_index, p.dim},
+                         keys.begin,
+                         0,
+                         keys.count};
   const S scale = static_cast<S>(p.scale * kLog2e);
   S term[Tile::kRowSlots], shift[Tile::kRowSlots], weight[Tile::kRowSlots], factor[Tile::kRowSlots];
 #pragma unroll
@@ -79,8 +85,7 @@ __global__ void __launch_bounds__(kThreads, kGradQueryBlocks<Tile>) attention_gr
   const auto column_at = [&](int position) -> KeyColumn<S> {
     if (position >= keys.count) return {-kInfinity<S>, S(0)};
     return {bias_term<S>(p, keys.begin + position),
-            p.grad_scores == nullptr ? S(0)
-                                     : at<S>(p.grad_scores, place.head * p.total_k + keys.begin + position)};
+            p.grad_scores == nullptr ? S(0) : at<S>(p.grad_scores, place.head * p.total_k + keys.begin + position)};
   };
   const bool active = first + Tile::warp_row() < queries.count;
   typename Tile::Sums sums;
@@ -120,8 +125,8 @@ template <typename Tile>
 using GradKeyLayout = SharedLayout<Tile, 2, 2, QueryColumn<typename Tile::Stat>>;
 
 template <typename Tile>
-__global__ void __launch_bounds__(kThreads, 2) attention_grad_key_kernel(AttentionParams p, const void* delta,
-                                                                      int blocks) {
+__global__ void __launch_bounds__(kThreads, 2)
+    attention_grad_key_kernel(AttentionParams p, const void* delta, int blocks) {
   using T = typename Tile::Value;
   using S = typename Tile::Stat;
   using Layout = GradKeyLayout<Tile>;
@@ -146,11 +151,15 @@ __global__ void __launch_bounds__(kThreads, 2) attention_grad_key_kernel(Attenti
   const Layout shared{dynamic_shared<unsigned char>()};
   const bool has_grad = p.grad_out.data != nullptr;
   const Side<T, 2> own{{p.k, place.head * p.k.head_stride, p.k_index, p.dim},
-                        {p.v, place.head * p.v.head_stride, p.k_index, p.dim},
-                       keys.begin, first, keys.count};
+                       {p.v, place.head * p.v.head_stride, p.k_index, p.dim},
+                       keys.begin,
+                       first,
+                       keys.count};
   const Side<T, 2> other{{p.q, place.head * p.q.head_stride, p.q_index, p.dim},
-                          {p.grad_out, place.head * p.grad_out.head_stride, nullptr, p.dim},
-                         queries.begin, 0, queries.count};
+                         {p.grad_out, place.head * p.grad_out.head_stride, nullptr, p.dim},
+                         queries.begin,
+                         0,
+                         queries.count};
   const S scale = static_cast<S>(p.scale * kLog2e);
   S bias[Tile::kRowSlots], grad_score[Tile::kRowSlots], bias_sum[Tile::kRowSlots], one[Tile::kRowSlots],
       factor[Tile::kRowSlots];
@@ -159,9 +168,8 @@ __global__ void __launch_bounds__(kThreads, 2) attention_grad_key_kernel(Attenti
     const int row = first + Tile::row(i);
     const bool valid = row < keys.count;
     bias[i] = valid ? bias_term<S>(p, keys.begin + row) : -kInfinity<S>;
-    grad_score[i] = valid && p.grad_scores != nullptr
-                        ? at<S>(p.grad_scores, place.head * p.total_k + keys.begin + row)
-                        : S(0);
+    grad_score[i] =
+        valid && p.grad_scores != nullptr ? at<S>(p.grad_scores, place.head * p.total_k + keys.begin + row) : S(0);
     bias_sum[i] = 0, one[i] = 1, factor[i] = static_cast<S>(p.scale);
   }
   const auto column_at = [&](int position) -> QueryColumn<S> {

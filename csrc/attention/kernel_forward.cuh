@@ -8,9 +8,6 @@ namespace tokenprune::attention {
 
 template <typename Tile>
 using ForwardLayout = SharedLayout<Tile, 1, 2, typename Tile::Stat>;
-// Blocks per multiprocessor that the registers allow, here and below: as many as compile without spills.
-template <typename Tile>
-constexpr int kForwardBlocks = !Tile::kMma || Tile::kDim > 64 ? (Tile::kDim > 96 && Tile::kMma ? 2 : 3) : 4;
 
 // Running maximum (base 2), sum of weights (per thread until the end) and weighted sum of the values of each own row.
 template <typename Tile>
@@ -40,7 +37,8 @@ struct Softmax {
 };
 
 template <typename Tile>
-__global__ void __launch_bounds__(kThreads, kForwardBlocks<Tile>) sparse_attention_kernel(AttentionParams p, int blocks) {
+__global__ void __launch_bounds__(kThreads, kSingleSumBlocks<Tile>)
+    sparse_attention_kernel(AttentionParams p, int blocks) {
   using T = typename Tile::Value;
   using S = typename Tile::Stat;
   const Place place = place_of(blocks);
@@ -69,8 +67,10 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<Tile>) sparse_attenti
   const ForwardLayout<Tile> shared{dynamic_shared<unsigned char>()};
   const Side<T, 1> own{{p.q, place.head * p.q.head_stride, p.q_index, p.dim}, {}, queries.begin, first, queries.count};
   const Side<T, 2> other{{p.k, place.head * p.k.head_stride, p.k_index, p.dim},
-                          {p.v, place.head * p.v.head_stride, p.k_index, p.dim},
-                         keys.begin, 0, keys.count};
+                         {p.v, place.head * p.v.head_stride, p.k_index, p.dim},
+                         keys.begin,
+                         0,
+                         keys.count};
   const S scale = static_cast<S>(p.scale * kLog2e);
   const auto bias_at = [&](int position) {  // base 2; -inf: no such key
     if (position >= keys.count) return -kInfinity<S>;

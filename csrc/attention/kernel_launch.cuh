@@ -11,14 +11,24 @@ namespace tokenprune::attention {
 
 constexpr int64_t kMostDim = 128;
 
-// How many head widths have kernels of their own: all that vision transformers use, or fewer for the sake of build time.
+// How many head widths have kernels of their own: all that vision transformers use, or fewer for the sake of build
+// time.
 constexpr int kAllWidths = 0, kCommonWidths = 1, kTwoWidths = 2;
 
+// 16-bit tiles: 64 columns up to a head width of wide_up_to, 32 above; two bands per warp up to tall_up_to. Both are as
+// much as the registers hold without spills.
+struct TileRule {
+  int widths, wide_up_to, tall_up_to;
+};
+constexpr TileRule kForward{kAllWidths, 128, 0}, kForwardTall{kCommonWidths, 128, 80}, kGradQuery{kCommonWidths, 0, 80},
+    kGradKey{kCommonWidths, 64, 0}, kScores{kTwoWidths, 128, 0}, kPolicy{kTwoWidths, 128, 0},
+    kPolicyBackward{kTwoWidths, 64, 0};
+
 // float and double: tiles whose shared memory fits every supported card (99 KB) in all kernels.
-template <typename T, int Widths, typename F>
+template <typename T, TileRule Rule, typename F>
 void visit_fma_tile(int64_t dim, F&& f) {
   constexpr int kSmall = sizeof(T) == 8 ? 32 : 64;
-  if constexpr (Widths == kAllWidths && sizeof(T) == 4) {  // double is there to check gradients
+  if constexpr (Rule.widths == kAllWidths && sizeof(T) == 4) {  // double is there to check gradients
     if (dim <= 32) return f.template operator()<FmaTile<T, 2, kSmall>>();
     if (dim > 64 && dim <= 96) return f.template operator()<FmaTile<T, 6, kSmall / 2>>();
   }
@@ -26,19 +36,20 @@ void visit_fma_tile(int64_t dim, F&& f) {
   f.template operator()<FmaTile<T, 8, kSmall / 2>>();
 }
 
-// Calls f<Tile>() with the engine for head width `dim`: the next width that has a kernel, the rest is zeros. 16-bit
-// tiles have 64 columns up to a width of WideUpTo and 32 above, where the sums need the registers.
-template <typename T, int WideUpTo, int Widths, typename F>
+// Calls f<Tile>() with the engine for head width `dim`: the next width that has a kernel, the rest is zeros.
+template <typename T, TileRule Rule, typename F>
 void visit_tile(int64_t dim, F&& f) {
   if constexpr (sizeof(T) >= 4) {
-    visit_fma_tile<T, Widths>(dim, f);
+    visit_fma_tile<T, Rule>(dim, f);
   } else {
-    const auto with = [&]<int Dim>() { f.template operator()<MmaTile<T, Dim, (Dim <= WideUpTo ? 64 : 32)>>(); };
-    if constexpr (Widths != kTwoWidths) {
+    const auto with = [&]<int Dim>() {
+      f.template operator()<MmaTile<T, Dim, (Dim <= Rule.wide_up_to ? 64 : 32), (Dim <= Rule.tall_up_to ? 2 : 1)>>();
+    };
+    if constexpr (Rule.widths != kTwoWidths) {
       if (dim <= 32) return with.template operator()<32>();
       if (dim > 64 && dim <= 80) return with.template operator()<80>();
     }
-    if constexpr (Widths == kAllWidths) {
+    if constexpr (Rule.widths == kAllWidths) {
       if (dim > 32 && dim <= 48) return with.template operator()<48>();
       if (dim > 80 && dim <= 96) return with.template operator()<96>();
     }
@@ -57,13 +68,21 @@ inline dim3 sequence_grid(const AttentionParams& p, int blocks) {
   return dim3(static_cast<unsigned>(blocks * (p.batch + 1)), static_cast<unsigned>(p.heads));
 }
 
+// processors: multiprocessors of the card. Tall blocks read shared memory half as often; as long as they do not fill
+// the card, more and smaller blocks finish sooner.
 template <typename T, typename Launch>
-void launch_forward(const Launch& launch, const AttentionParams& p) {
+void launch_forward(const Launch& launch, const AttentionParams& p, int processors) {
   if (p.heads == 0 || (p.total_q == 0 && p.cls == nullptr)) return;
-  visit_tile<T, 128, kAllWidths>(p.dim, [&]<typename Tile>() {
+  const auto run = [&]<typename Tile>() {
     const int blocks = blocks_of(p.max_q, Tile::kRows);
     launch(&sparse_attention_kernel<Tile>, sequence_grid(p, blocks), kThreads, ForwardLayout<Tile>::kBytes, p, blocks);
-  });
+  };
+  const bool fills = p.max_q > 64 && blocks_of(p.max_q, 128) * p.batch * p.heads >= 2 * processors;
+  if (sizeof(T) == 2 && p.dim <= kForwardTall.tall_up_to && fills) {
+    visit_tile<T, kForwardTall>(p.dim, run);
+  } else {
+    visit_tile<T, kForward>(p.dim, run);
+  }
 }
 
 // attention_scores when p.scores is set, otherwise attention_scores_grad_lse.
@@ -71,7 +90,7 @@ template <typename T, typename Launch>
 void launch_scores(const Launch& launch, const AttentionParams& p) {
   const bool keys_own = p.scores != nullptr;
   if (p.heads == 0 || (keys_own ? p.total_k : p.total_q) == 0) return;
-  visit_tile<T, 128, kTwoWidths>(p.dim, [&]<typename Tile>() {
+  visit_tile<T, kScores>(p.dim, [&]<typename Tile>() {
     const int blocks = blocks_of(keys_own ? p.max_k : p.max_q, Tile::kRows);
     launch(keys_own ? &attention_scores_kernel<Tile, true> : &attention_scores_kernel<Tile, false>,
            sequence_grid(p, blocks), kThreads, ScoreLayout<Tile>::kBytes, p, blocks);
@@ -86,14 +105,14 @@ void launch_backward(const Launch& launch, const AttentionParams& p, void* delta
     const int64_t warps = kThreads / 32;
     launch(&attention_delta_kernel<T>, dim3(static_cast<unsigned>((p.total_q * p.heads + warps - 1) / warps)), kThreads,
            0, p, delta);
-    visit_tile<T, 80, kCommonWidths>(p.dim, [&]<typename Tile>() {
+    visit_tile<T, kGradQuery>(p.dim, [&]<typename Tile>() {
       const int blocks = blocks_of(p.max_q, Tile::kRows);
       launch(&attention_grad_query_kernel<Tile>, sequence_grid(p, blocks), kThreads, GradQueryLayout<Tile>::kBytes, p,
              delta, blocks);
     });
   }
   if (p.total_k == 0) return;
-  visit_tile<T, 64, kCommonWidths>(p.dim, [&]<typename Tile>() {
+  visit_tile<T, kGradKey>(p.dim, [&]<typename Tile>() {
     const int blocks = blocks_of(p.max_k, Tile::kRows);
     launch(&attention_grad_key_kernel<Tile>, sequence_grid(p, blocks), kThreads, GradKeyLayout<Tile>::kBytes, p, delta,
            blocks);
@@ -111,7 +130,7 @@ void launch_policy(const Launch& launch, const PolicyParams& p, const PolicyWork
   if (w.value_sum != nullptr && p.dim > 0) {
     launch(&policy_value_sum_kernel<T>, dim3(static_cast<unsigned>(p.batch * p.heads)), kThreads, 0, p, w);
   }
-  visit_tile<T, 128, kTwoWidths>(p.dim, [&]<typename Tile>() {
+  visit_tile<T, kPolicy>(p.dim, [&]<typename Tile>() {
     const int blocks = blocks_of(p.tokens, Tile::kRows);
     launch(&policy_attention_kernel<Tile>, policy_grid(p, blocks), kThreads, PolicyForwardLayout<Tile>::kBytes, p, w,
            blocks);
@@ -126,7 +145,7 @@ void launch_policy_backward(const Launch& launch, const PolicyParams& p, const P
   }
   const int64_t rows = p.batch * p.heads * p.tokens, warps = kThreads / 32;
   launch(&policy_row_kernel<T>, dim3(static_cast<unsigned>((rows + warps - 1) / warps)), kThreads, 0, p, w);
-  visit_tile<T, 64, kTwoWidths>(p.dim, [&]<typename Tile>() {
+  visit_tile<T, kPolicyBackward>(p.dim, [&]<typename Tile>() {
     const int blocks = blocks_of(p.tokens, Tile::kRows);
     launch(&policy_grad_query_kernel<Tile>, policy_grid(p, blocks), kThreads, PolicyGradQueryLayout<Tile>::kBytes, p, w,
            blocks);

@@ -13,9 +13,9 @@ namespace tokenprune::attention {
 
 // What the kernels pass each other; all but value_sum [batch, heads, tokens]. value_sum is null when eps is 0.
 struct PolicyWorkspace {
-  void *value_sum = nullptr;               // [batch, heads, dim]
+  void* value_sum = nullptr;                      // [batch, heads, dim]
   void *row_grad = nullptr, *top_grad = nullptr;  // T, W
-  int32_t* top = nullptr;                  // argmax, lowest position first
+  int32_t* top = nullptr;                         // argmax, lowest position first
 };
 
 // value_sum: a block per (batch, head); 128 threads share the dims and split the rows in fixed strides.
@@ -54,7 +54,8 @@ struct PolicyHead {
   __device__ __forceinline__ Operand<T> operand(const Rows& rows, int64_t batch_stride, int64_t dims) const {
     return {rows, batch * batch_stride + head * rows.head_stride, nullptr, dims};
   }
-  __device__ __forceinline__ int64_t offset(const PolicyParams& p) const {  // of row `first` in [batch, tokens, heads, dim]
+  __device__ __forceinline__ int64_t
+  offset(const PolicyParams& p) const {  // of row `first` in [batch, tokens, heads, dim]
     return ((batch * p.tokens + first) * p.heads + head) * p.dim;
   }
 };
@@ -73,7 +74,8 @@ template <typename Tile>
 using PolicyForwardLayout = SharedLayout<Tile, 1, 2, PolicyColumn<typename Tile::Stat>>;
 
 template <typename Tile>
-__global__ void __launch_bounds__(kThreads, 3) policy_attention_kernel(PolicyParams p, PolicyWorkspace w, int blocks) {
+__global__ void __launch_bounds__(kThreads, (Tile::kDim > 64 ? 2 : kSingleSumBlocks<Tile>))
+    policy_attention_kernel(PolicyParams p, PolicyWorkspace w, int blocks) {
   using T = typename Tile::Value;
   using S = typename Tile::Stat;
   using Layout = PolicyForwardLayout<Tile>;
@@ -88,36 +90,37 @@ __global__ void __launch_bounds__(kThreads, 3) policy_attention_kernel(PolicyPar
   Softmax<Tile> state;
   state.clear();
 
-  stream_tiles<Tile>(shared, own, other, dim, column_at, [&](int tile, const T* key_tile, const PolicyColumn<S>* columns) {
-    if (!active) return;
-    typename Tile::Scores s;
-    Tile::dot(s, shared.own(0), key_tile, dim);
-    S top[Tile::kRowSlots], base[Tile::kRowSlots];
+  stream_tiles<Tile>(shared, own, other, dim, column_at,
+                     [&](int tile, const T* key_tile, const PolicyColumn<S>* columns) {
+                       if (!active) return;
+                       typename Tile::Scores s;
+                       Tile::dot(s, shared.own(0), key_tile, dim);
+                       S top[Tile::kRowSlots], base[Tile::kRowSlots];
 #pragma unroll
-    for (int i = 0; i < Tile::kRowSlots; ++i) top[i] = state.best[i];
+                       for (int i = 0; i < Tile::kRowSlots; ++i) top[i] = state.best[i];
 #pragma unroll
-    for (int j = 0; j < Tile::kColSlots; ++j) {
-      const S hidden = columns[Tile::col(j)].hidden;
+                       for (int j = 0; j < Tile::kColSlots; ++j) {
+                         const S hidden = columns[Tile::col(j)].hidden;
 #pragma unroll
-      for (int i = 0; i < Tile::kRowSlots; ++i) {
-        s.at(i, j) = s.at(i, j) * scale + hidden;
-        top[i] = max_of(top[i], s.at(i, j));
-      }
-    }
-    state.raise(top, base);
-    const int shift = tile * Tile::kCols - first;
+                         for (int i = 0; i < Tile::kRowSlots; ++i) {
+                           s.at(i, j) = s.at(i, j) * scale + hidden;
+                           top[i] = max_of(top[i], s.at(i, j));
+                         }
+                       }
+                       state.raise(top, base);
+                       const int shift = tile * Tile::kCols - first;
 #pragma unroll
-    for (int j = 0; j < Tile::kColSlots; ++j) {
-      const S policy = columns[Tile::col(j)].policy;
+                       for (int j = 0; j < Tile::kColSlots; ++j) {
+                         const S policy = columns[Tile::col(j)].policy;
 #pragma unroll
-      for (int i = 0; i < Tile::kRowSlots; ++i) {
-        const S visible = Tile::row(i) == shift + Tile::col(j) ? S(1) : policy;
-        s.at(i, j) = exp2_fast(s.at(i, j) - base[i]) * visible;
-        state.sum[i] += s.at(i, j);
-      }
-    }
-    Tile::accumulate(state.values, s, key_tile + Layout::kTile, shared.scratch());
-  });
+                         for (int i = 0; i < Tile::kRowSlots; ++i) {
+                           const S visible = Tile::row(i) == shift + Tile::col(j) ? S(1) : policy;
+                           s.at(i, j) = exp2_fast(s.at(i, j) - base[i]) * visible;
+                           state.sum[i] += s.at(i, j);
+                         }
+                       }
+                       Tile::accumulate(state.values, s, key_tile + Layout::kTile, shared.scratch());
+                     });
 
   S factor[Tile::kRowSlots];
   const S eps = static_cast<S>(p.eps), share = eps / static_cast<S>(p.tokens);

@@ -51,8 +51,8 @@ __global__ void __launch_bounds__(kThreads, 2) policy_grad_query_kernel(PolicyPa
   const int first = at_head.first, tokens = at_head.tokens, dim = at_head.dim;
   const Layout shared{dynamic_shared<unsigned char>()};
   const Operand<T> keys = at_head.operand(p.k, p.k_batch, p.dim);
-  const Side<T, 2> own{at_head.operand(p.q, p.q_batch, p.dim), at_head.operand(p.grad_out, p.grad_out_batch, p.dim),
-                       0, first, tokens};
+  const Side<T, 2> own{at_head.operand(p.q, p.q_batch, p.dim), at_head.operand(p.grad_out, p.grad_out_batch, p.dim), 0,
+                       first, tokens};
   const Side<T, 2> other{keys, at_head.operand(p.v, p.v_batch, p.dim), 0, 0, tokens};
   const S scale = static_cast<S>(p.scale * kLog2e);
   S best[Tile::kRowSlots], inverse[Tile::kRowSlots], row_grad[Tile::kRowSlots], factor[Tile::kRowSlots],
@@ -71,26 +71,27 @@ __global__ void __launch_bounds__(kThreads, 2) policy_grad_query_kernel(PolicyPa
   const bool active = first + Tile::warp_row() < tokens;
   typename Tile::Sums sums;
   sums.clear();
-  stream_tiles<Tile>(shared, own, other, dim, column_at, [&](int tile, const T* key_tile, const PolicyColumn<S>* columns) {
-    if (!active) return;
-    typename Tile::Scores s, g;
-    Tile::dot(s, shared.own(0), key_tile, dim);
-    Tile::dot(g, shared.own(1), key_tile + Layout::kTile, dim);
-    const int start = tile * Tile::kCols;
+  stream_tiles<Tile>(
+      shared, own, other, dim, column_at, [&](int tile, const T* key_tile, const PolicyColumn<S>* columns) {
+        if (!active) return;
+        typename Tile::Scores s, g;
+        Tile::dot(s, shared.own(0), key_tile, dim);
+        Tile::dot(g, shared.own(1), key_tile + Layout::kTile, dim);
+        const int start = tile * Tile::kCols;
 #pragma unroll
-    for (int j = 0; j < Tile::kColSlots; ++j) {
-      const PolicyColumn<S> c = columns[Tile::col(j)];
-      const int position = start + Tile::col(j);
+        for (int j = 0; j < Tile::kColSlots; ++j) {
+          const PolicyColumn<S> c = columns[Tile::col(j)];
+          const int position = start + Tile::col(j);
 #pragma unroll
-      for (int i = 0; i < Tile::kRowSlots; ++i) {
-        const S logit = s.at(i, j) * scale + c.hidden;
-        if (logit > top[i]) top[i] = logit, top_at[i] = position;
-        const S visible = first + Tile::row(i) == position ? S(1) : c.policy;
-        s.at(i, j) = (g.at(i, j) - row_grad[i]) * inverse[i] * (exp2_fast(logit - best[i]) * visible);
-      }
-    }
-    Tile::accumulate(sums, s, key_tile, shared.scratch());
-  });
+          for (int i = 0; i < Tile::kRowSlots; ++i) {
+            const S logit = s.at(i, j) * scale + c.hidden;
+            if (logit > top[i]) top[i] = logit, top_at[i] = position;
+            const S visible = first + Tile::row(i) == position ? S(1) : c.policy;
+            s.at(i, j) = (g.at(i, j) - row_grad[i]) * inverse[i] * (exp2_fast(logit - best[i]) * visible);
+          }
+        }
+        Tile::accumulate(sums, s, key_tile, shared.scratch());
+      });
   if (w.value_sum != nullptr && active) {  // eps > 0: the maximum has a gradient
 #pragma unroll
     for (int i = 0; i < Tile::kRowSlots; ++i) {
@@ -128,7 +129,8 @@ __global__ void __launch_bounds__(kThreads, 2) policy_grad_key_kernel(PolicyPara
   const PolicyHead<T> at_head(p, blocks, Tile::kRows);
   const int first = at_head.first, tokens = at_head.tokens, dim = at_head.dim;
   const Layout shared{dynamic_shared<unsigned char>()};
-  const Side<T, 2> own{at_head.operand(p.k, p.k_batch, p.dim), at_head.operand(p.v, p.v_batch, p.dim), 0, first, tokens};
+  const Side<T, 2> own{at_head.operand(p.k, p.k_batch, p.dim), at_head.operand(p.v, p.v_batch, p.dim), 0, first,
+                       tokens};
   const Side<T, 2> other{at_head.operand(p.q, p.q_batch, p.dim), at_head.operand(p.grad_out, p.grad_out_batch, p.dim),
                          0, 0, tokens};
   const S scale = static_cast<S>(p.scale * kLog2e);
@@ -151,38 +153,39 @@ __global__ void __launch_bounds__(kThreads, 2) policy_grad_key_kernel(PolicyPara
   typename Tile::Sums sum_k, sum_v;
   sum_k.clear();
   sum_v.clear();
-  stream_tiles<Tile>(shared, own, other, dim, column_at, [&](int tile, const T* query_tile, const PolicyRow<S>* columns) {
-    if (!active) return;
-    typename Tile::Scores e, s, g;
-    Tile::dot(e, shared.own(0), query_tile, dim);
-    const int start = tile * Tile::kCols;
+  stream_tiles<Tile>(
+      shared, own, other, dim, column_at, [&](int tile, const T* query_tile, const PolicyRow<S>* columns) {
+        if (!active) return;
+        typename Tile::Scores e, s, g;
+        Tile::dot(e, shared.own(0), query_tile, dim);
+        const int start = tile * Tile::kCols;
 #pragma unroll
-    for (int j = 0; j < Tile::kColSlots; ++j) {
-      const S best = columns[Tile::col(j)].best, inverse = columns[Tile::col(j)].inverse;
-      const int position = start + Tile::col(j);
+        for (int j = 0; j < Tile::kColSlots; ++j) {
+          const S best = columns[Tile::col(j)].best, inverse = columns[Tile::col(j)].inverse;
+          const int position = start + Tile::col(j);
 #pragma unroll
-      for (int i = 0; i < Tile::kRowSlots; ++i) {
-        e.at(i, j) = exp2_fast(e.at(i, j) * scale - best);
-        const S visible = first + Tile::row(i) == position ? S(1) : policy[i];
-        s.at(i, j) = (e.at(i, j) * visible + share) * inverse;
-      }
-    }
-    Tile::accumulate(sum_v, s, query_tile + Layout::kTile, shared.scratch());
-    Tile::dot(g, shared.own(1), query_tile + Layout::kTile, dim);
+          for (int i = 0; i < Tile::kRowSlots; ++i) {
+            e.at(i, j) = exp2_fast(e.at(i, j) * scale - best);
+            const S visible = first + Tile::row(i) == position ? S(1) : policy[i];
+            s.at(i, j) = (e.at(i, j) * visible + share) * inverse;
+          }
+        }
+        Tile::accumulate(sum_v, s, query_tile + Layout::kTile, shared.scratch());
+        Tile::dot(g, shared.own(1), query_tile + Layout::kTile, dim);
 #pragma unroll
-    for (int j = 0; j < Tile::kColSlots; ++j) {
-      const PolicyRow<S> c = columns[Tile::col(j)];
-      const int position = start + Tile::col(j);
+        for (int j = 0; j < Tile::kColSlots; ++j) {
+          const PolicyRow<S> c = columns[Tile::col(j)];
+          const int position = start + Tile::col(j);
 #pragma unroll
-      for (int i = 0; i < Tile::kRowSlots; ++i) {
-        const int row = first + Tile::row(i);
-        const S grad = (g.at(i, j) - c.row_grad) * c.inverse * e.at(i, j);
-        if (row != position) policy_sum[i] += grad;
-        s.at(i, j) = grad * (row == position ? S(1) : policy[i]) - (row == c.top ? c.top_grad : S(0));
-      }
-    }
-    Tile::accumulate(sum_k, s, query_tile, shared.scratch());
-  });
+          for (int i = 0; i < Tile::kRowSlots; ++i) {
+            const int row = first + Tile::row(i);
+            const S grad = (g.at(i, j) - c.row_grad) * c.inverse * e.at(i, j);
+            if (row != position) policy_sum[i] += grad;
+            s.at(i, j) = grad * (row == position ? S(1) : policy[i]) - (row == c.top ? c.top_grad : S(0));
+          }
+        }
+        Tile::accumulate(sum_k, s, query_tile, shared.scratch());
+      });
 #pragma unroll
   for (int i = 0; i < Tile::kRowSlots; ++i) {
     const S sum = Tile::row_sum(policy_sum[i]);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sums over one side of the probabilities, recomputed from lse: attention_scores (keys own rows, queries stream) and its
-// gradient with respect to lse (queries own rows, keys stream).
+// Sums over one side of the probabilities, recomputed from lse: attention_scores (keys own rows, queries stream) and
+// its gradient with respect to lse (queries own rows, keys stream).
 #pragma once
 
 #include "kernel_tile.cuh"
@@ -56,10 +56,13 @@ __global__ void __launch_bounds__(kThreads, 4) attention_scores_kernel(Attention
   const Operand<T> k{p.k, place.head * p.k.head_stride, p.k_index, p.dim};
   const Side<T, 1> own{KeysOwn ? k : q, {}, rows.begin, first, rows.count};
   const bool nothing = !KeysOwn && first >= weighted;
-  const Side<T, 1> other{KeysOwn ? q : k, {},
+  const Side<T, 1> other{KeysOwn ? q : k,
+                         {},
                          KeysOwn ? queries.begin : keys.begin,
                          0,
-                         nothing ? 0 : KeysOwn ? weighted : keys.count};
+                         nothing   ? 0
+                         : KeysOwn ? weighted
+                                   : keys.count};
   const S scale = static_cast<S>(p.scale * kLog2e);
   S term[Tile::kRowSlots], sum[Tile::kRowSlots];
 #pragma unroll

@@ -16,6 +16,13 @@ namespace tokenprune::attention {
 
 constexpr int kThreads = 128;
 
+// Blocks per multiprocessor that the registers must allow: as many as compile without spills.
+template <typename Tile>
+constexpr int kSingleSumBlocks = Tile::kBands == 2 || sizeof(typename Tile::Value) == 8 ? 2
+                                 : !Tile::kMma || (Tile::kDim > 32 && Tile::kDim <= 96) ? 3
+                                 : Tile::kDim <= 32                                     ? 4
+                                                                                        : 2;
+
 template <typename S>
 constexpr S kInfinity = static_cast<S>(__builtin_huge_val());
 constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.6931471805599453094;
@@ -25,36 +32,40 @@ __device__ __forceinline__ double max_of(double a, double b) { return fmax(a, b)
 __device__ __forceinline__ float log2_of(float v) { return log2f(v); }
 __device__ __forceinline__ double log2_of(double v) { return log2(v); }
 
+template <typename S>
+__device__ __forceinline__ void keep_larger(S& v, int& index, S v2, int index2) {
+  if (v2 > v || (v2 == v && index2 < index)) v = v2, index = index2;
+}
+
 // ---- engines -------------------------------------------------------------------------------------------------------
 
-// Scores: 64 own rows x Columns; sums: 64 x Dim. Thread slots follow the accumulator layout of mma (common/cuda.h).
-template <typename T, int Dim, int Columns>
+// Scores: 64 * Bands own rows x Columns; sums: 64 * Bands x Dim. A warp owns Bands bands of 16 rows: with two, a
+// fragment read from shared memory serves two instructions. Thread slots follow the accumulators of mma
+// (common/cuda.h).
+template <typename T, int Dim, int Columns, int Bands = 1>
 struct MmaTile {
   using Value = T;
   using Stat = float;
   static constexpr bool kMma = true;
-  static constexpr int kRows = 64, kCols = Columns, kDim = Dim, kStages = 2, kScratch = 0;
+  static constexpr int kRows = 64 * Bands, kCols = Columns, kDim = Dim, kBands = Bands, kStages = 2, kScratch = 0;
   static constexpr int kPitch = Dim + 8;  // an odd number of 16-byte units: ldmatrix is free of bank conflicts
-  static constexpr int kRowSlots = 2, kColSlots = Columns / 4, kDimSlots = Dim / 4;
+  static constexpr int kRowSlots = 2 * Bands, kColSlots = Columns / 4, kDimSlots = Dim / 4;
   static_assert(Dim % 16 == 0 && Columns % 16 == 0);
 
   template <int N>
   struct Fragments {
-    float c[N / 8][4];
-    __device__ __forceinline__ float& at(int i, int j) { return c[j / 2][2 * i + j % 2]; }
+    float c[Bands][N / 8][4];
+    __device__ __forceinline__ float& at(int i, int j) { return c[i / 2][j / 2][i % 2 * 2 + j % 2]; }
     __device__ __forceinline__ void clear() {
 #pragma unroll
-      for (int n = 0; n < N / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) c[n][i] = 0;
-      }
+      for (int i = 0; i < Bands * N / 2; ++i) c[i / (N / 2)][i / 4 % (N / 8)][i % 4] = 0;
     }
   };
   using Scores = Fragments<Columns>;
   using Sums = Fragments<Dim>;
 
   static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % 32; }
-  static __device__ __forceinline__ int warp_row() { return static_cast<int>(threadIdx.x) / 32 * 16; }
+  static __device__ __forceinline__ int warp_row() { return static_cast<int>(threadIdx.x) / 32 * 16 * Bands; }
   static __device__ __forceinline__ int row(int i) { return warp_row() + lane() / 4 + 8 * i; }
   static __device__ __forceinline__ int col(int j) { return j / 2 * 8 + lane() % 4 * 2 + j % 2; }
   static __device__ __forceinline__ int dim_of(int j) { return col(j); }
@@ -69,10 +80,8 @@ struct MmaTile {
   }
   static __device__ __forceinline__ void row_argmax(float& v, int& index) {
 #pragma unroll
-    for (int mask = 1; mask <= 2; mask *= 2) keep_larger(v, index, warp_shuffle_xor(v, mask), warp_shuffle_xor(index, mask));
-  }
-  static __device__ __forceinline__ void keep_larger(float& v, int& index, float v2, int index2) {
-    if (v2 > v || (v2 == v && index2 < index)) v = v2, index = index2;
+    for (int mask = 1; mask <= 2; mask *= 2)
+      keep_larger(v, index, warp_shuffle_xor(v, mask), warp_shuffle_xor(index, mask));
   }
 
   // s = own . other^T
@@ -83,14 +92,18 @@ struct MmaTile {
     const T* b_row = other + (l / 16 * 8 + l % 8) * kPitch + l / 8 % 2 * 8;
 #pragma unroll(Dim == 96 || Dim == 128 ? 2 : Dim / 16)  // wide sums leave few registers
     for (int k = 0; k < Dim; k += 16) {
-      uint32_t a[4];
-      load_matrix_x4(a, a_row + k);
+      uint32_t a[Bands][4];
+#pragma unroll
+      for (int band = 0; band < Bands; ++band) load_matrix_x4(a[band], a_row + 16 * band * kPitch + k);
 #pragma unroll
       for (int n = 0; n < Columns; n += 16) {
         uint32_t b[4];
         load_matrix_x4(b, b_row + n * kPitch + k);
-        mma_16x8x16<T>(s.c[n / 8], a, b);
-        mma_16x8x16<T>(s.c[n / 8 + 1], a, b + 2);
+#pragma unroll
+        for (int band = 0; band < Bands; ++band) {
+          mma_16x8x16<T>(s.c[band][n / 8], a[band], b);
+          mma_16x8x16<T>(s.c[band][n / 8 + 1], a[band], b + 2);
+        }
       }
     }
   }
@@ -101,26 +114,33 @@ struct MmaTile {
     const T* b_row = other + l % 16 * kPitch + l / 16 * 8;
 #pragma unroll
     for (int k = 0; k < Columns; k += 16) {
-      const float *low = weights.c[k / 8], *high = weights.c[k / 8 + 1];
-      const uint32_t a[4] = {pack_pair<T>(low[0], low[1]), pack_pair<T>(low[2], low[3]),
-                             pack_pair<T>(high[0], high[1]), pack_pair<T>(high[2], high[3])};
+      uint32_t a[Bands][4];
+#pragma unroll
+      for (int band = 0; band < Bands; ++band) {
+        const float *low = weights.c[band][k / 8], *high = weights.c[band][k / 8 + 1];
+        a[band][0] = pack_pair<T>(low[0], low[1]), a[band][1] = pack_pair<T>(low[2], low[3]);
+        a[band][2] = pack_pair<T>(high[0], high[1]), a[band][3] = pack_pair<T>(high[2], high[3]);
+      }
 #pragma unroll
       for (int n = 0; n < Dim; n += 16) {
         uint32_t b[4];
         load_matrix_x4_trans(b, b_row + k * kPitch + n);
-        mma_16x8x16<T>(sums.c[n / 8], a, b);
-        mma_16x8x16<T>(sums.c[n / 8 + 1], a, b + 2);
+#pragma unroll
+        for (int band = 0; band < Bands; ++band) {
+          mma_16x8x16<T>(sums.c[band][n / 8], a[band], b);
+          mma_16x8x16<T>(sums.c[band][n / 8 + 1], a[band], b + 2);
+        }
       }
     }
   }
 
   // Rows 0 .. rows - 1 of the block, times their factor, to `to` + row * stride. `own`: the block's own tile, free by
-  // now; a warp touches only its 16 rows of it.
-  static __device__ __forceinline__ void store(Sums& sums, const float* factor, T* own, T* to, int64_t stride,
-                                               int rows, int dim) {
+  // now; a warp touches only its own rows of it.
+  static __device__ __forceinline__ void store(Sums& sums, const float* factor, T* own, T* to, int64_t stride, int rows,
+                                               int dim) {
     warp_sync();
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < kRowSlots; ++i) {
 #pragma unroll
       for (int j = 0; j < kDimSlots; j += 2) {
         const uint32_t pair = pack_pair<T>(sums.at(i, j) * factor[i], sums.at(i, j + 1) * factor[i]);
@@ -128,7 +148,7 @@ struct MmaTile {
       }
     }
     warp_sync();
-    const int first = warp_row(), count = rows - first < 16 ? rows - first : 16;
+    const int first = warp_row(), count = rows - first < 16 * Bands ? rows - first : 16 * Bands;
     const bool packs = packable<T>(to, stride) && dim % 8 == 0;
     const int unit = packs ? 8 : 1, per_row = dim / unit;
     for (int c = lane(); c < count * per_row; c += 32) {
@@ -149,7 +169,7 @@ struct FmaTile {
   using Stat = T;
   static constexpr bool kMma = false;
   static constexpr int kUnit = kPack<T>;
-  static constexpr int kRows = Rows, kCols = Rows, kDim = 16 * DimSlots, kStages = 1;
+  static constexpr int kRows = Rows, kCols = Rows, kDim = 16 * DimSlots, kBands = 1, kStages = 1;
   static constexpr int kPitch = kDim + kUnit, kWeightPitch = Rows + kUnit;  // odd numbers of 16-byte units
   static constexpr int kScratch = Rows * kWeightPitch * static_cast<int>(sizeof(T));
   static constexpr int kRowSlots = Rows / 8, kColSlots = Rows / 16, kDimSlots = DimSlots;
@@ -189,12 +209,9 @@ struct FmaTile {
   }
   static __device__ __forceinline__ void row_argmax(T& v, int& index) {
 #pragma unroll
-    for (int mask = 1; mask < 16; mask *= 2) keep_larger(v, index, warp_shuffle_xor(v, mask), warp_shuffle_xor(index, mask));
+    for (int mask = 1; mask < 16; mask *= 2)
+      keep_larger(v, index, warp_shuffle_xor(v, mask), warp_shuffle_xor(index, mask));
   }
-  static __device__ __forceinline__ void keep_larger(T& v, int& index, T v2, int index2) {
-    if (v2 > v || (v2 == v && index2 < index)) v = v2, index = index2;
-  }
-
   static __device__ __forceinline__ void dot(Scores& s, const T* own, const T* other, int dim) {
     s.clear();
     const T *a_row = own + row(0) * kPitch, *b_row = other + tx() * kPitch;
@@ -287,7 +304,8 @@ __device__ __forceinline__ Range range_of(const int32_t* cu, int64_t sequence, i
 // Slots of no sequence: the blocks of one head share [cu[batch], total).
 template <typename S>
 __device__ __forceinline__ void fill_stats(S* stats, S value, int64_t begin, int64_t end, const Place& place) {
-  for (int64_t i = begin + place.block * kThreads + threadIdx.x; i < end; i += place.blocks * kThreads) stats[i] = value;
+  for (int64_t i = begin + place.block * kThreads + threadIdx.x; i < end; i += place.blocks * kThreads)
+    stats[i] = value;
 }
 template <typename T>
 __device__ __forceinline__ void clear_rows(T* rows, int64_t stride, int dim, int64_t begin, int64_t end,
@@ -307,7 +325,7 @@ struct Operand {
   int64_t stride;
   const int32_t* index;
   int rows;
-  bool packs;
+  bool packs;  // 16-byte accesses are possible
 
   Operand() = default;  // the absent second one
   __device__ __forceinline__ Operand(const Rows& r, int64_t offset, const int32_t* index_, int64_t dim)
@@ -317,9 +335,9 @@ struct Operand {
         rows(r.data == nullptr ? 0 : static_cast<int>(r.rows)),
         packs(packable<T>(base, r.row_stride) && dim % kPack<T> == 0) {}
 
-  __device__ __forceinline__ int row_of(int position) const {
+  __device__ __forceinline__ int64_t offset_of(int position) const {  // bytes; negative: zeros
     const int row = index != nullptr ? index[position] : position;
-    return row >= 0 && row < rows ? row : -1;
+    return row >= 0 && row < rows ? row * stride * static_cast<int64_t>(sizeof(T)) : -1;
   }
 };
 
@@ -330,13 +348,13 @@ struct Side {
   Operand<T> a, b;
   int begin, first, count;
 
-  // Row of slot `slot` (operand slot / kTileRows) in the tile that starts at position `start`; -1: none.
+  // Offset of slot `slot` (operand slot / kTileRows) in the tile that starts at position `start`.
   template <int kTileRows>
-  __device__ __forceinline__ int row_of(int slot, int start) const {
+  __device__ __forceinline__ int64_t offset_of(int slot, int start) const {
     const int position = start + slot % kTileRows;
     if (position >= count) return -1;
-    if (N == 2 && slot >= kTileRows) return b.row_of(begin + position);
-    return a.row_of(begin + position);
+    if (N == 2 && slot >= kTileRows) return b.offset_of(begin + position);
+    return a.offset_of(begin + position);
   }
 };
 
@@ -347,10 +365,10 @@ struct SharedLayout {
   static constexpr int kOwnTile = Tile::kRows * Tile::kPitch, kTile = Tile::kCols * Tile::kPitch;
   static constexpr int kScratchAt = (Own * kOwnTile + Tile::kStages * Streamed * kTile) * static_cast<int>(sizeof(T));
   static constexpr int kColumnsAt = kScratchAt + Tile::kScratch;
-  static constexpr int kRowsAt = kColumnsAt + 2 * Tile::kCols * static_cast<int>(sizeof(Column));
+  static constexpr int kOffsetsAt = kColumnsAt + 2 * Tile::kCols * static_cast<int>(sizeof(Column));
   static constexpr int kOwnRows = Own * Tile::kRows, kTileRows = Streamed * Tile::kCols;
-  static constexpr int kBytes = kRowsAt + (kOwnRows + 2 * kTileRows) * 4;
-  static_assert(kOwnRows <= kThreads && kTileRows <= kThreads && kScratchAt % 16 == 0);
+  static constexpr int kBytes = kOffsetsAt + (kOwnRows + 2 * kTileRows) * 8;
+  static_assert(kTileRows <= kThreads && kScratchAt % 16 == 0 && kOffsetsAt % 8 == 0);
 
   unsigned char* memory;
   __device__ __forceinline__ T* own(int n) const { return reinterpret_cast<T*>(memory) + n * kOwnTile; }
@@ -359,32 +377,42 @@ struct SharedLayout {
   __device__ __forceinline__ Column* columns(int parity) const {
     return reinterpret_cast<Column*>(memory + kColumnsAt) + parity * Tile::kCols;
   }
-  __device__ __forceinline__ int32_t* own_rows() const { return reinterpret_cast<int32_t*>(memory + kRowsAt); }
-  __device__ __forceinline__ int32_t* tile_rows(int parity) const { return own_rows() + kOwnRows + parity * kTileRows; }
+  __device__ __forceinline__ int64_t* own_offsets() const { return reinterpret_cast<int64_t*>(memory + kOffsetsAt); }
+  __device__ __forceinline__ int64_t* offsets(int parity) const {
+    return own_offsets() + kOwnRows + parity * kTileRows;
+  }
 };
 
+// A thread copies the same 16 bytes of every kStep-th row, so that addresses are sums of constants and one offset.
 template <typename Tile, int TileRows, typename T>
-__device__ __forceinline__ void issue_tile(T* tile, const Operand<T>& source, const int32_t* rows, int dim) {
+__device__ __forceinline__ void issue_tile(T* tile, const Operand<T>& source, const int64_t* offsets, int dim) {
+  constexpr int kUnit = kPack<T>, kUnits = Tile::kDim / kUnit, kStep = kThreads / kUnits;
+  const int thread = static_cast<int>(threadIdx.x);
+  const auto base = reinterpret_cast<uintptr_t>(source.base);  // there are no pointers to absent rows
   if (source.packs) {
-    constexpr int kUnit = kPack<T>, kUnits = Tile::kDim / kUnit;
+    const int r0 = thread / kUnits, d = thread % kUnits * kUnit;
+    if (kThreads % kUnits != 0 && r0 >= kStep) return;
 #pragma unroll
-    for (int c = static_cast<int>(threadIdx.x); c < TileRows * kUnits; c += kThreads) {
-      const int r = c / kUnits, d = c % kUnits * kUnit, row = rows[r];
-      const bool valid = row >= 0 && d < dim;
-      copy_async<16>(tile + r * Tile::kPitch + d, source.base + (valid ? row * source.stride + d : 0), valid);
+    for (int i = 0; i < (TileRows + kStep - 1) / kStep; ++i) {
+      const int r = r0 + i * kStep;
+      if (TileRows % kStep != 0 && r >= TileRows) break;
+      const int64_t offset = offsets[r];
+      copy_async<16>(tile + r * Tile::kPitch + d, reinterpret_cast<const void*>(base + d * sizeof(T) + offset),
+                     offset >= 0 && d < dim);
     }
   } else {
 #pragma unroll 1
-    for (int e = static_cast<int>(threadIdx.x); e < TileRows * Tile::kDim; e += kThreads) {
-      const int r = e / Tile::kDim, d = e % Tile::kDim, row = rows[r];
-      const bool valid = row >= 0 && d < dim;
-      tile[r * Tile::kPitch + d] = valid ? source.base[row * source.stride + d] : from_acc<T>(0);
+    for (int e = thread; e < TileRows * Tile::kDim; e += kThreads) {
+      const int r = e / Tile::kDim, d = e % Tile::kDim;
+      const int64_t offset = offsets[r];
+      tile[r * Tile::kPitch + d] =
+          offset >= 0 && d < dim ? reinterpret_cast<const T*>(base + offset)[d] : from_acc<T>(0);
     }
   }
 }
 
 // Loads the own tiles, then calls body(tile number, streamed tiles, columns) for each tile of `other`. Copies run one
-// tile ahead with two stages; the row numbers they need and the columns are fetched to registers before the body and
+// tile ahead with two stages; the row offsets they need and the columns are fetched to registers before the body and
 // stored behind it, so no load is waited for. column_at(position) gives the record of a position (also past the end).
 template <typename Tile, typename Layout, int Own, int Streamed, typename ColumnAt, typename Body>
 __device__ __forceinline__ void stream_tiles(const Layout& shared, const Side<typename Tile::Value, Own>& own,
@@ -394,26 +422,26 @@ __device__ __forceinline__ void stream_tiles(const Layout& shared, const Side<ty
   const int thread = static_cast<int>(threadIdx.x), tiles = (other.count + kCols - 1) / kCols;
   const auto issue = [&](int tile) {
     typename Tile::Value* to = shared.tile(tile % Tile::kStages);
-    const int32_t* rows = shared.tile_rows(tile % 2);
-    issue_tile<Tile, kCols>(to, other.a, rows, dim);
-    if constexpr (Streamed == 2) issue_tile<Tile, kCols>(to + Layout::kTile, other.b, rows + kCols, dim);
+    const int64_t* offsets = shared.offsets(tile % 2);
+    issue_tile<Tile, kCols>(to, other.a, offsets, dim);
+    if constexpr (Streamed == 2) issue_tile<Tile, kCols>(to + Layout::kTile, other.b, offsets + kCols, dim);
     copy_async_commit();
   };
 
-  if (thread < Layout::kOwnRows) {
-    shared.own_rows()[thread] = own.template row_of<Tile::kRows>(thread, own.first);
+  for (int slot = thread; slot < Layout::kOwnRows; slot += kThreads) {
+    shared.own_offsets()[slot] = own.template offset_of<Tile::kRows>(slot, own.first);
   }
   if (thread < Layout::kTileRows) {
 #pragma unroll
     for (int tile = 0; tile < kAhead; ++tile) {
-      shared.tile_rows(tile)[thread] = other.template row_of<kCols>(thread, tile * kCols);
+      shared.offsets(tile)[thread] = other.template offset_of<kCols>(thread, tile * kCols);
     }
   }
   if (thread < kCols) shared.columns(0)[thread] = column_at(thread);
   __syncthreads();
-  issue_tile<Tile, Tile::kRows>(shared.own(0), own.a, shared.own_rows(), dim);
+  issue_tile<Tile, Tile::kRows>(shared.own(0), own.a, shared.own_offsets(), dim);
   if constexpr (Own == 2) {
-    issue_tile<Tile, Tile::kRows>(shared.own(1), own.b, shared.own_rows() + Tile::kRows, dim);
+    issue_tile<Tile, Tile::kRows>(shared.own(1), own.b, shared.own_offsets() + Tile::kRows, dim);
   }
   copy_async_commit();
   if (tiles > 0) issue(0);
@@ -423,12 +451,11 @@ __device__ __forceinline__ void stream_tiles(const Layout& shared, const Side<ty
     copy_async_wait<0>();
     __syncthreads();
     if (kAhead == 2 && tile + 1 < tiles) issue(tile + 1);
-    const int next_row = thread < Layout::kTileRows
-                             ? other.template row_of<kCols>(thread, (tile + kAhead) * kCols)
-                             : -1;
+    const int64_t next_offset =
+        thread < Layout::kTileRows ? other.template offset_of<kCols>(thread, (tile + kAhead) * kCols) : -1;
     const auto next_column = column_at((tile + 1) * kCols + thread % kCols);
     body(tile, shared.tile(tile % Tile::kStages), shared.columns(tile % 2));
-    if (thread < Layout::kTileRows) shared.tile_rows((tile + kAhead) % 2)[thread] = next_row;
+    if (thread < Layout::kTileRows) shared.offsets((tile + kAhead) % 2)[thread] = next_offset;
     if (thread < kCols) shared.columns((tile + 1) % 2)[thread] = next_column;
     if (kAhead == 1 && tile + 1 < tiles) {
       __syncthreads();

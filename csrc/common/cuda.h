@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // What every kernel.cuh is written with: types, shared memory, warp operations, PTX wrappers. No torch header.
 //
-// Each PTX instruction has a wrapper with two bodies: the instruction (cuda_device.h), and C++ for the host model of the
-// tests (TOKENPRUNE_HOST_MODEL, tests/csrc/host_warp.h), which executes kernels without a GPU.
+// Each PTX instruction has a wrapper with two bodies: the instruction (cuda_device.h), and C++ for the host model of
+// the tests (TOKENPRUNE_HOST_MODEL, tests/csrc/host_warp.h), which executes kernels without a GPU.
 //
 //   TP_SHARED(type, name, [N][M]);            static shared memory, 16-byte aligned; declare at the top of the kernel
 //   dynamic_shared<T>()                       start of the dynamic shared memory (16-byte aligned)
@@ -15,14 +15,15 @@
 //   popcount(bits), lowest_bit(bits)          lowest_bit: of a non-zero value
 //   exp2_fast, rsqrt_of                       float: the hardware instruction; double: exact
 //   mma_16x8x16<T>(c, a, b)                   c[4] += a[4] (16x16 row major) * b[2] (16x8 column major), T 16-bit
+//   pack_pair<T>(low, high)                   two floats, rounded, as one register of such a fragment
 //   load_matrix_x4 / _x2 (+ _trans)           ldmatrix; every lane passes the address of one 16-byte row
 //   copy_async<Bytes>(shared, global, valid)  cp.async of 4, 8 or 16 bytes; not valid: zero fill, global unread
 //   copy_async_commit(), copy_async_wait<N>() as cp.async.commit_group, cp.async.wait_group
 //
 // Fragments, with g = lane / 4 and t = lane % 4 (two 16-bit values per register, the lower index in the lower half):
-//   a[0] (row g, columns 2t, 2t+1)  a[1] (row g+8)  a[2] (row g, columns 2t+8, 2t+9)  a[3] (row g+8, columns 2t+8, 2t+9)
-//   b[0] (rows 2t, 2t+1, column g)  b[1] (rows 2t+8, 2t+9, column g)
-//   c[0], c[1] (row g, columns 2t, 2t+1)  c[2], c[3] (row g+8)
+//   a[0] (row g, columns 2t, 2t+1)  a[1] (row g+8)  a[2] (row g, columns 2t+8, 2t+9)  a[3] (row g+8, columns 2t+8,
+//   2t+9) b[0] (rows 2t, 2t+1, column g)  b[1] (rows 2t+8, 2t+9, column g) c[0], c[1] (row g, columns 2t, 2t+1)  c[2],
+//   c[3] (row g+8)
 #pragma once
 
 #include <cstdint>

@@ -42,7 +42,8 @@ __device__ __forceinline__ double exp2_fast(double v) { return exp2(v); }
 __device__ __forceinline__ float rsqrt_of(float v) { return rsqrtf(v); }
 __device__ __forceinline__ double rsqrt_of(double v) { return rsqrt(v); }
 
-// ---- matrix instructions and asynchronous copies ---------------------------------------------------------------------
+// ---- matrix instructions and asynchronous copies
+// ---------------------------------------------------------------------
 
 template <typename T>
 __device__ __forceinline__ void mma_16x8x16(float* c, const uint32_t* a, const uint32_t* b);
@@ -55,10 +56,9 @@ __device__ __forceinline__ void mma_16x8x16<__nv_bfloat16>(float* c, const uint3
 }
 template <>
 __device__ __forceinline__ void mma_16x8x16<__half>(float* c, const uint32_t* a, const uint32_t* b) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
@@ -98,8 +98,8 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
                  : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)), "l"(global),
-                 "n"(Bytes), "r"(bytes)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)), "l"(global), "n"(Bytes),
+                 "r"(bytes)
                  : "memory");
   }
 }
@@ -109,20 +109,6 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
-#endif
-
-}  // namespace tokenprune
-
-// ---- attention: two accumulators to one register of a 16-bit fragment ---------------------------------------------
-
-namespace tokenprune {
-
-#ifdef TOKENPRUNE_HOST_MODEL
-template <typename T>
-uint32_t pack_pair(float low, float high) {
-  return from_acc<T>(low).bits | static_cast<uint32_t>(from_acc<T>(high).bits) << 16;
-}
-#else
 template <typename T>
 __device__ __forceinline__ uint32_t pack_pair(float low, float high);
 template <>

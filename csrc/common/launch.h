@@ -30,8 +30,7 @@ class Launcher {
   void operator()(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Args... args) const {
     if (shared_bytes > 48 * 1024) {
       STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                          cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          static_cast<int>(shared_bytes)));
+                                          cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
     }
     kernel<<<grid, block, shared_bytes, stream_>>>(static_cast<Parameters>(args)...);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -67,7 +66,7 @@ void visit_floating_cuda(const char* op, ScalarType dtype, F&& f) {
     case ScalarType::Double: return f.template operator()<double>();
     case ScalarType::Half: return f.template operator()<__half>();
     case ScalarType::BFloat16: return f.template operator()<__nv_bfloat16>();
-    default: TP_CHECK(false, op, "unsupported dtype ", dtype_name(dtype));
+    default: TP_CHECK(false, op, "dtype must be float32, float64, float16 or bfloat16, got ", dtype_name(dtype));
   }
 }
 

@@ -7,8 +7,9 @@
 
 namespace tokenprune {
 
-// Threads of the row kernels: 8 warps. Their launch bounds name the blocks per multiprocessor (4: 64 registers), because
-// without that ptxas spills a register here and there for a higher occupancy that a memory-bound kernel does not need.
+// Threads of the row kernels: 8 warps. Their launch bounds name the blocks per multiprocessor (4: 64 registers),
+// because without that ptxas spills a register here and there for a higher occupancy that a memory-bound kernel does
+// not need.
 constexpr int kBlock = 256;
 constexpr int kWarps = kBlock / 32;
 constexpr int64_t kMostBlocks = 1 << 20;  // more work than that goes round the grid-stride loops again
@@ -33,8 +34,8 @@ __host__ __device__ __forceinline__ int log_lanes_for(int64_t units) {
   return log_lanes;
 }
 
-// Exclusive prefix sum over the block; `total` gets the sum. `warp_sums` is shared memory for one int per warp; it may be
-// used again after the call returns (there is a barrier on both sides).
+// Exclusive prefix sum over the block; `total` gets the sum. `warp_sums` is shared memory for one int per warp; it may
+// be used again after the call returns (there is a barrier on both sides).
 __device__ __forceinline__ int block_scan(int value, int* warp_sums, int& total) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   int inclusive = value;
@@ -56,16 +57,6 @@ __device__ __forceinline__ int block_scan(int value, int* warp_sums, int& total)
   return before + inclusive - value;
 }
 
-template <typename Int>
-__global__ void __launch_bounds__(kBlock, 4) fill_ints(Int* p, int64_t n, Int value) {
-  for (int64_t i = global_thread(); i < n; i += grid_threads()) p[i] = value;
-}
-
-template <typename Launch>
-void launch_fill(const Launch& launch, int32_t* p, int64_t n, int32_t value) {
-  if (n > 0) launch(&fill_ints<int32_t>, grid_for(n, kBlock), kBlock, 0, p, n, value);
-}
-
 // Sources are grouped in `groups` groups of `per_group` (images); a source names a row of its group or none.
 struct RowTargets {
   const int32_t* target = nullptr;  // [groups * per_group]
@@ -79,49 +70,56 @@ struct RowTargets {
   }
 };
 
-// Linked lists: head[row] is some source of the row, next[source] another one, -1 ends. Their order depends on timing;
-// RowList below puts the members in order.
-template <typename Int>
-__global__ void __launch_bounds__(kBlock, 4) link_sources(RowTargets t, Int* head, Int* next) {
+// What the sources leave in their row's cell. The cells [groups * rows] start as kEmpty.
+struct LinkSources {  // cell: some source of the row, next[source]: another one, -1 ends; RowList puts them in order
+  static constexpr int32_t kEmpty = -1;
+  int32_t *cells, *next;
+  __device__ void operator()(int64_t row, int32_t source) const { next[source] = atomicExch(cells + row, source); }
+};
+struct HighestSource {  // who wins when several sources write
+  static constexpr int32_t kEmpty = -1;
+  int32_t* cells;
+  __device__ void operator()(int64_t row, int32_t source) const { atomicMax(cells + row, source); }
+};
+struct CountSources {
+  static constexpr int32_t kEmpty = 0;
+  int32_t* cells;
+  __device__ void operator()(int64_t row, int32_t) const { atomicAdd(cells + row, int32_t{1}); }
+};
+
+template <typename Visit>
+__global__ void __launch_bounds__(kBlock, 4) fill_cells(int64_t cells, Visit visit) {
+  for (int64_t i = global_thread(); i < cells; i += grid_threads()) visit.cells[i] = Visit::kEmpty;
+}
+template <typename Visit>
+__global__ void __launch_bounds__(kBlock, 4) visit_sources(RowTargets t, Visit visit) {
   for (int64_t i = global_thread(); i < t.sources(); i += grid_threads()) {
     const int64_t row = t.row_of(i);
-    if (row >= 0) next[i] = atomicExch(head + row, static_cast<Int>(i));
+    if (row >= 0) visit(row, static_cast<int32_t>(i));
+  }
+}
+// Both for small groups, one block each: a launch less.
+template <typename Visit>
+__global__ void __launch_bounds__(kBlock, 4) fill_and_visit(RowTargets t, Visit visit) {
+  const int64_t group = blockIdx.x, first_row = group * t.rows, first_source = group * t.per_group;
+  for (int64_t i = threadIdx.x; i < t.rows; i += kBlock) visit.cells[first_row + i] = Visit::kEmpty;
+  __syncthreads();
+  for (int64_t i = first_source + threadIdx.x; i < first_source + t.per_group; i += kBlock) {
+    const int64_t row = t.row_of(i);
+    if (row >= 0) visit(row, static_cast<int32_t>(i));
   }
 }
 
-// The highest source of each row (-1: none): who wins when several write.
-template <typename Int>
-__global__ void __launch_bounds__(kBlock, 4) highest_source(RowTargets t, Int* winner) {
-  for (int64_t i = global_thread(); i < t.sources(); i += grid_threads()) {
-    const int64_t row = t.row_of(i);
-    if (row >= 0) atomicMax(winner + row, static_cast<Int>(i));
+template <typename Launch, typename Visit>
+void launch_visit(const Launch& launch, const RowTargets& t, Visit visit) {
+  constexpr int64_t kSmall = 4096;
+  const int64_t cells = t.groups * t.rows;
+  if (t.groups > 0 && t.rows <= kSmall && t.per_group <= kSmall) {
+    launch(&fill_and_visit<Visit>, t.groups, kBlock, 0, t, visit);
+    return;
   }
-}
-
-template <typename Int>
-__global__ void __launch_bounds__(kBlock, 4) count_sources(RowTargets t, Int* count) {
-  for (int64_t i = global_thread(); i < t.sources(); i += grid_threads()) {
-    const int64_t row = t.row_of(i);
-    if (row >= 0) atomicAdd(count + row, Int{1});
-  }
-}
-
-template <typename Launch>
-void launch_lists(const Launch& launch, const RowTargets& t, int32_t* head, int32_t* next) {
-  launch_fill(launch, head, t.groups * t.rows, -1);
-  if (t.sources() > 0) launch(&link_sources<int32_t>, grid_for(t.sources(), kBlock), kBlock, 0, t, head, next);
-}
-
-template <typename Launch>
-void launch_winners(const Launch& launch, const RowTargets& t, int32_t* winner) {
-  launch_fill(launch, winner, t.groups * t.rows, -1);
-  if (t.sources() > 0) launch(&highest_source<int32_t>, grid_for(t.sources(), kBlock), kBlock, 0, t, winner);
-}
-
-template <typename Launch>
-void launch_counts(const Launch& launch, const RowTargets& t, int32_t* count) {
-  launch_fill(launch, count, t.groups * t.rows, 0);
-  if (t.sources() > 0) launch(&count_sources<int32_t>, grid_for(t.sources(), kBlock), kBlock, 0, t, count);
+  if (cells > 0) launch(&fill_cells<Visit>, grid_for(cells, kBlock), kBlock, 0, cells, visit);
+  if (t.sources() > 0) launch(&visit_sources<Visit>, grid_for(t.sources(), kBlock), kBlock, 0, t, visit);
 }
 
 // The members of one row, held by a warp. Up to 32 of them sit in the lanes' registers with their rank; a longer list
@@ -133,12 +131,12 @@ struct RowList {
   int rank = 0;
   int64_t row = 0;
 
-  __device__ __forceinline__ RowList(const int32_t* head, const int32_t* next, int64_t r) : row(r) {
+  __device__ __forceinline__ RowList(LinkSources links, int64_t r) : row(r) {
     const int lane = threadIdx.x % 32;
-    int32_t walk = head[row];
+    int32_t walk = links.cells[row];
     while (walk >= 0 && count < kLong) {
       if (count == lane) member = walk;
-      walk = next[walk];
+      walk = links.next[walk];
       ++count;
     }
     if (count > 1 && count < kLong) {

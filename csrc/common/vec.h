@@ -223,12 +223,12 @@ inline void narrow(const Compute<T>* in, T* out, int64_t n, Compute<T> factor = 
 
 // ---- exp2, for arguments <= 0 up to rounding (softmax after subtracting the maximum); -inf gives 0
 
-inline Vec<float> exp2_fraction(Vec<float> f) {  // minimax polynomial of 2^f on [-0.5, 0.5], relative error 2e-7
-  Vec<float> p = splat(1.339887440e-3f);
-  p = p * f + 9.618437357e-3f;
-  p = p * f + 5.550332548e-2f;
-  p = p * f + 2.402264791e-1f;
-  p = p * f + 6.931472028e-1f;
+inline Vec<float> exp2_fraction(Vec<float> f) {  // minimax polynomial of 2^f on [-0.5, 0.5], relative error 1e-7
+  Vec<float> p = splat(1.326472615e-3f);
+  p = p * f + 9.671512991e-3f;
+  p = p * f + 5.550733581e-2f;
+  p = p * f + 2.402224243e-1f;
+  p = p * f + 6.931470037e-1f;
   return p * f + 1.0f;
 }
 

@@ -35,7 +35,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bipartite_soft_matching(const Tensor&
   const Launcher launch(metric);
   Tensor score = call.new_scores(), nearest = call.new_ints(call.p.na), rank = call.new_ints(call.p.na);
   run_match(op, launch, call, score, nearest);
-  Tensor unm = call.new_ints(s.na - r), src = call.new_ints(r), dst = call.new_ints(r), parent = call.new_ints(s.tokens);
+  Tensor unm = call.new_ints(s.na - r), src = call.new_ints(r), dst = call.new_ints(r),
+         parent = call.new_ints(s.tokens);
   s.score = call.p.score, s.nearest = call.p.nearest;
   s.unm = mutable_data<int32_t>(unm), s.src = mutable_data<int32_t>(src), s.dst = mutable_data<int32_t>(dst);
   s.parent = mutable_data<int32_t>(parent);

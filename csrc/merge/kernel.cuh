@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// CUDA kernels of merging and its adjoint. kernel_match.cuh finds the best matches, kernel_select.cuh chooses the pairs.
-// One warp per output row gathers its tokens in ascending order, so nothing depends on timing.
+// CUDA kernels of merging and its adjoint. kernel_match.cuh finds the best matches, kernel_select.cuh chooses the
+// pairs. One warp per output row gathers its tokens in ascending order, so nothing depends on timing.
 #pragma once
 
 #include "../common/cuda.h"
@@ -10,8 +10,7 @@
 namespace tokenprune {
 
 template <typename T, int W>
-__global__ void __launch_bounds__(kBlock, 4) merge_rows(MergeParams p, RowTargets targets, const int32_t* head,
-                                                     const int32_t* next) {
+__global__ void __launch_bounds__(kBlock, 4) merge_rows(MergeParams p, RowTargets targets, LinkSources links) {
   using A = Acc<T>;
   constexpr int kChunks = 2;
   const int lane = threadIdx.x % 32;
@@ -19,7 +18,7 @@ __global__ void __launch_bounds__(kBlock, 4) merge_rows(MergeParams p, RowTarget
   const A* sizes = static_cast<const A*>(p.size);
   const bool weighted = p.mode == kMergeWeighted, largest = p.mode == kMergeAmax;
   for (int64_t row = global_thread() / 32; row < p.batch * p.out_len; row += grid_threads() / 32) {
-    const RowList list(head, next, row);
+    const RowList list(links, row);
     A size = 0, count = 0;
     list.each(targets, [&](int64_t t) {
       size += sizes != nullptr ? sizes[t] : A(1);
@@ -66,8 +65,8 @@ __global__ void __launch_bounds__(kBlock, 4) merge_rows(MergeParams p, RowTarget
 
 // Sum, mean and weighted mean: one warp per token. `count` [batch * out_len] serves the mean.
 template <typename T, int W>
-__global__ void __launch_bounds__(kBlock, 4) merge_backward_tokens(MergeParams p, RowTargets targets,
-                                                                const int32_t* count) {
+__global__ void __launch_bounds__(kBlock, 4)
+    merge_backward_tokens(MergeParams p, RowTargets targets, const int32_t* count) {
   using A = Acc<T>;
   const int lane = threadIdx.x % 32;
   const bool weighted = p.mode == kMergeWeighted;
@@ -107,8 +106,7 @@ __global__ void __launch_bounds__(kBlock, 4) merge_backward_tokens(MergeParams p
 // Maximum: the gradient is shared evenly by the tokens that reach it. The first batch * out_len warps serve the output
 // rows, the others give the dropped tokens their zeros.
 template <typename T, int W>
-__global__ void __launch_bounds__(kBlock, 2) merge_backward_amax(MergeParams p, RowTargets targets, const int32_t* head,
-                                                              const int32_t* next) {
+__global__ void __launch_bounds__(kBlock, 2) merge_backward_amax(MergeParams p, RowTargets targets, LinkSources links) {
   using A = Acc<T>;
   const int lane = threadIdx.x % 32;
   const int64_t rows = p.batch * p.out_len, jobs = rows + targets.sources();
@@ -125,7 +123,7 @@ __global__ void __launch_bounds__(kBlock, 2) merge_backward_amax(MergeParams p, 
       if (lane == 0) grad_size[t] = 0;
       continue;
     }
-    const RowList list(head, next, job);
+    const RowList list(links, job);
     const A direct = p.grad_size_out != nullptr ? at<A>(p.grad_size_out, job) : A(0);
     list.each(targets, [&](int64_t t) {
       if (lane == 0) grad_size[t] = direct;
@@ -172,10 +170,10 @@ void launch_merge(const Launch& launch, const MergeParams& p) {
   const int64_t rows = p.batch * p.out_len;
   if (rows == 0) return;
   const RowTargets targets = merge_targets(p);
-  launch_lists(launch, targets, p.offsets, p.members);
+  const LinkSources links{p.offsets, p.members};
+  launch_visit(launch, targets, links);
   const bool packed = packable<T>(p.x, p.channels) && packable<T>(p.y, p.channels);
-  launch(packed ? &merge_rows<T, kPack<T>> : &merge_rows<T, 1>, grid_for(rows, kWarps), kBlock, 0, p, targets,
-         p.offsets, p.members);
+  launch(packed ? &merge_rows<T, kPack<T>> : &merge_rows<T, 1>, grid_for(rows, kWarps), kBlock, 0, p, targets, links);
 }
 
 template <typename T, typename Launch>
@@ -185,12 +183,13 @@ void launch_merge_backward(const Launch& launch, const MergeParams& p) {
   const bool packed = packable<T>(p.x, p.channels) && packable<T>(p.y_in, p.channels) &&
                       packable<T>(p.grad, p.channels) && packable<T>(p.grad_x, p.channels);
   if (p.mode == kMergeAmax) {
-    launch_lists(launch, targets, p.offsets, p.members);
+    const LinkSources links{p.offsets, p.members};
+    launch_visit(launch, targets, links);
     launch(packed ? &merge_backward_amax<T, kPack<T>> : &merge_backward_amax<T, 1>,
-           grid_for(p.batch * p.out_len + targets.sources(), kWarps), kBlock, 0, p, targets, p.offsets, p.members);
+           grid_for(p.batch * p.out_len + targets.sources(), kWarps), kBlock, 0, p, targets, links);
     return;
   }
-  if (p.mode == kMergeMean) launch_counts(launch, targets, p.offsets);
+  if (p.mode == kMergeMean) launch_visit(launch, targets, CountSources{p.offsets});
   launch(packed ? &merge_backward_tokens<T, kPack<T>> : &merge_backward_tokens<T, 1>,
          grid_for(targets.sources(), kWarps), kBlock, 0, p, targets, p.offsets);
 }

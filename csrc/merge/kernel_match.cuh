@@ -29,20 +29,23 @@ __device__ __forceinline__ const T* metric_row(const MatchParams& p, int64_t b, 
   return static_cast<const T*>(p.metric) + b * p.batch_stride + token * p.token_stride;
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kBlock, 4) inverse_norms(MatchParams p, Acc<T>* inverse) {
+// A row by 2^log_lanes lanes; a warp holds several rows.
+template <typename T, int W>
+__global__ void __launch_bounds__(kBlock, 4) inverse_norms(MatchParams p, Acc<T>* inverse, int log_lanes) {
   using A = Acc<T>;
-  const int lane = threadIdx.x % 32;
-  for (int64_t i = global_thread() / 32; i < p.batch * p.tokens; i += grid_threads() / 32) {
-    const T* row = metric_row<T>(p, i / p.tokens, i % p.tokens);
+  const int lanes = 1 << log_lanes, lane = threadIdx.x & (lanes - 1), in_warp = threadIdx.x % 32 >> log_lanes;
+  const int64_t rows = p.batch * p.tokens;
+  for (int64_t first = global_thread() / 32 * 32 >> log_lanes; first < rows; first += grid_threads() >> log_lanes) {
+    const int64_t i = first + in_warp;
+    const T* row = i < rows ? metric_row<T>(p, i / p.tokens, i % p.tokens) : nullptr;
     A sum = 0;
-    for (int64_t c = lane; c < p.channels; c += 32) {
-      const A v = to_acc(row[c]);
-      sum += v * v;
+    for (int64_t c = static_cast<int64_t>(lane) * W; row != nullptr && c < p.channels; c += lanes * W) {
+      const Pack<T, W> x = load_pack<W>(row + c);
+#pragma unroll
+      for (int k = 0; k < W; ++k) sum += to_acc(x.v[k]) * to_acc(x.v[k]);
     }
-    sum = warp_sum(sum);
-    const A r = rsqrt_of(sum);
-    if (lane == 0) inverse[i] = sum > A(0) ? r : A(NAN);  // a zero row has no direction
+    for (int mask = 1; mask < lanes; mask *= 2) sum += warp_shuffle_xor(sum, mask);
+    if (lane == 0 && i < rows) inverse[i] = sum > A(0) ? rsqrt_of(sum) : A(NAN);  // a zero row has no direction
   }
 }
 
@@ -210,7 +213,7 @@ __global__ void __launch_bounds__(kMatchBlock, 4) match_mma(MatchParams p, Match
   for (int64_t tile = range.begin; tile < range.end; tile += kMatchColumns) {
     float sum[kMatchColumns / 8][4] = {};
     for (int64_t depth = 0; depth == 0 || depth < p.channels; depth += kMatchDepth) {
-      __syncthreads();  // the previous tiles have been read
+      __syncthreads();                                        // the previous tiles have been read
       if (tile == range.begin || p.channels > kMatchDepth) {  // one depth: the a-tile stays
         load_match_tile<T, W>(a_tile, kRows, depth, p.channels, [&](int r) {
           return first_row + r < p.na ? metric_row<T>(p, b, a_token(p, b, first_row + r)) : nullptr;
@@ -273,13 +276,13 @@ void launch_match(const Launch& launch, const MatchParams& p, MatchParts<Acc<T>>
   parts.inverse = inverse;
   parts.parts = match_parts<T>(p);
   const int64_t row_tiles = (p.na + kMatchRows<T> - 1) / kMatchRows<T>;
-  if (p.tokens > 0) {
-    launch(&inverse_norms<T>, grid_for(p.batch * p.tokens, kWarps), kBlock, 0, p, inverse);
-  }
+  const bool packed =
+      packable<T>(p.metric, p.token_stride) && packable<T>(p.metric, p.batch_stride) && p.channels % kPack<T> == 0;
+  const int log_lanes = log_lanes_for(packed ? p.channels / kPack<T> : p.channels);
+  launch(packed ? &inverse_norms<T, kPack<T>> : &inverse_norms<T, 1>, grid_for(p.batch * p.tokens << log_lanes, kBlock),
+         kBlock, 0, p, inverse, log_lanes);
   const dim3 grid(p.batch * row_tiles, parts.parts);
   if constexpr (sizeof(T) == 2) {
-    const bool packed = packable<T>(p.metric, p.token_stride) && packable<T>(p.metric, p.batch_stride) &&
-                        p.channels % kPack<T> == 0;
     launch(packed ? &match_mma<T, kPack<T>> : &match_mma<T, 1>, grid, kMatchBlock, 0, p, parts, row_tiles);
   } else {
     launch(&match_fma<T>, grid, kMatchBlock, 0, p, parts, row_tiles);

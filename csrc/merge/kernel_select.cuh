@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// CUDA kernels that turn the scores of a matching into unm, src, dst and parent. The ranking is exact: score descending,
-// then index ascending; protected rows come last, NaN and -inf before them.
+// CUDA kernels that turn the scores of a matching into unm, src, dst and parent. The ranking is exact: score
+// descending, then index ascending; protected rows come last, NaN and -inf before them.
 #pragma once
 
 #include <cmath>

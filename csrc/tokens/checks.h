@@ -54,10 +54,11 @@ struct RowCall {
   std::optional<Tensor> tokens, weight, bias, scale, mean, rstd;
   RowParams p;
 
-  RowCall(const char* op, const Tensor& map_rows, const Tensor& index)
-      : map(inner_contiguous(map_rows)), indices(as_contiguous(index)) {
-    check_rows(op, "x", map_rows);
+  RowCall(const char* op, const Tensor& map_rows, const Tensor& index, const char* name = "x")
+      : map(map_rows), indices(index) {
+    check_rows(op, name, map_rows);
     check_row_indices(op, index, map_rows, map_rows.size(0));
+    map = inner_contiguous(map_rows), indices = as_contiguous(index);
     p.map = map.const_data_ptr();
     p.map_stride = map.stride(0);
     p.rows = map.size(0);

@@ -150,7 +150,7 @@ void run_scatter(const char* op, const RowCall& call) {
 Tensor scatter_tokens(const Tensor& features, const Tensor& tokens, const Tensor& indices, const Optional& scale,
                       bool add) {
   const char* op = "scatter_tokens";
-  RowCall call(op, features, indices);
+  RowCall call(op, features, indices, "features");
   call.set_tokens(op, "tokens", tokens);
   call.set_scale(op, scale);
   Tensor out = torch::stable::new_empty(call.map, {call.p.rows, call.p.channels});
@@ -172,7 +172,7 @@ Tensor scatter_tokens(const Tensor& features, const Tensor& tokens, const Tensor
 void scatter_tokens_inplace(const Tensor& features, const Tensor& tokens, const Tensor& indices, const Optional& scale,
                             bool add) {
   const char* op = "scatter_tokens_";
-  RowCall call(op, features, indices);
+  RowCall call(op, features, indices, "features");
   TP_CHECK(features.is_contiguous(), op, "features must be contiguous, got ", shape_text(features), " with gaps");
   call.set_tokens(op, "tokens", tokens);
   call.set_scale(op, scale);
@@ -183,7 +183,7 @@ void scatter_tokens_inplace(const Tensor& features, const Tensor& tokens, const 
 std::tuple<Tensor, Tensor, Tensor> scatter_tokens_backward(const Tensor& grad, const Optional& tokens,
                                                            const Tensor& indices, const Optional& scale, bool add) {
   const char* op = "scatter_tokens_backward";
-  RowCall call(op, grad, indices);
+  RowCall call(op, grad, indices, "grad");
   RowParams& p = call.p;
   TP_CHECK(!scale.has_value() || tokens.has_value(), op, "tokens must be given when scale is, got none");
   if (tokens.has_value()) call.set_tokens(op, "tokens", *tokens);

@@ -13,9 +13,7 @@ using Optional = std::optional<Tensor>;
 Tensor new_rows(const Tensor& like, int64_t rows, int64_t columns) {
   return torch::stable::new_empty(like, {rows, columns});
 }
-Tensor new_ints(const Tensor& like, int64_t count) {
-  return torch::stable::new_empty(like, {count}, ScalarType::Int);
-}
+Tensor new_ints(const Tensor& like, int64_t count) { return torch::stable::new_empty(like, {count}, ScalarType::Int); }
 
 SelectParams select_params(const Tensor& mask, const Tensor& cu_seqlens, int64_t capacity) {
   return {data<bool>(mask), nullptr, mutable_data<int32_t>(cu_seqlens), mask.size(0), mask.size(1), capacity};
@@ -78,8 +76,7 @@ Tensor gather_tokens_backward(const Tensor& grad, const Tensor& indices, int64_t
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> gather_layer_norm(const Tensor& x, const Tensor& indices,
-                                                     const Optional& weight,
+std::tuple<Tensor, Tensor, Tensor> gather_layer_norm(const Tensor& x, const Tensor& indices, const Optional& weight,
                                                      const Optional& bias, double eps) {
   const char* op = "gather_layer_norm";
   RowCall call(op, x, indices);
@@ -95,9 +92,8 @@ std::tuple<Tensor, Tensor, Tensor> gather_layer_norm(const Tensor& x, const Tens
 }
 
 std::tuple<Tensor, Tensor, Tensor> gather_layer_norm_backward(const Tensor& grad, const Tensor& x,
-                                                              const Tensor& indices,
-                                                              const Optional& weight, const Tensor& mean,
-                                                              const Tensor& rstd) {
+                                                              const Tensor& indices, const Optional& weight,
+                                                              const Tensor& mean, const Tensor& rstd) {
   const char* op = "gather_layer_norm_backward";
   RowCall call(op, x, indices);
   call.set_tokens(op, "grad", grad);
@@ -118,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor> gather_layer_norm_backward(const Tensor& grad
 
 RowCall scatter_call(const char* op, const Tensor& features, const Tensor& tokens, const Tensor& indices,
                      const Optional& scale, bool add) {
-  RowCall call(op, features, indices);
+  RowCall call(op, features, indices, "features");
   call.set_tokens(op, "tokens", tokens);
   call.set_scale(op, scale);
   check_unique(op, "indices", call.indices, call.p.rows);
@@ -126,37 +122,34 @@ RowCall scatter_call(const char* op, const Tensor& features, const Tensor& token
   return call;
 }
 
-Tensor scatter_tokens(const Tensor& features, const Tensor& tokens, const Tensor& indices,
-                      const Optional& scale, bool add) {
+Tensor scatter_tokens(const Tensor& features, const Tensor& tokens, const Tensor& indices, const Optional& scale,
+                      bool add) {
   const char* op = "scatter_tokens";
   RowCall call = scatter_call(op, features, tokens, indices, scale, add);
   const Launcher launch(features);
   Tensor out = new_rows(features, call.p.rows, call.p.channels), winner = new_ints(features, call.p.rows);
   call.p.map_out = out.mutable_data_ptr();
-  visit_floating_cuda(op, features.scalar_type(), [&]<typename T>() {
-    launch_scatter<T>(launch, call.p, mutable_data<int32_t>(winner));
-  });
+  visit_floating_cuda(op, features.scalar_type(),
+                      [&]<typename T>() { launch_scatter<T>(launch, call.p, mutable_data<int32_t>(winner)); });
   return out;
 }
 
-void scatter_tokens_(const Tensor& features, const Tensor& tokens, const Tensor& indices,
-                     const Optional& scale, bool add) {
+void scatter_tokens_(const Tensor& features, const Tensor& tokens, const Tensor& indices, const Optional& scale,
+                     bool add) {
   const char* op = "scatter_tokens_";
   RowCall call = scatter_call(op, features, tokens, indices, scale, add);
   TP_CHECK(features.is_contiguous(), op, "features must be contiguous, got ", shape_text(features), " with gaps");
   const Launcher launch(features);
   Tensor winner = new_ints(features, call.p.rows);
   call.p.map_out = features.mutable_data_ptr();
-  visit_floating_cuda(op, features.scalar_type(), [&]<typename T>() {
-    launch_scatter_in_place<T>(launch, call.p, mutable_data<int32_t>(winner));
-  });
+  visit_floating_cuda(op, features.scalar_type(),
+                      [&]<typename T>() { launch_scatter_in_place<T>(launch, call.p, mutable_data<int32_t>(winner)); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> scatter_tokens_backward(const Tensor& grad, const Optional& tokens,
-                                                           const Tensor& indices, const Optional& scale,
-                                                           bool add) {
+                                                           const Tensor& indices, const Optional& scale, bool add) {
   const char* op = "scatter_tokens_backward";
-  RowCall call(op, grad, indices);
+  RowCall call(op, grad, indices, "grad");
   TP_CHECK(!scale.has_value() || tokens.has_value(), op, "tokens must be given when scale is, got none");
   if (tokens.has_value()) call.set_tokens(op, "tokens", *tokens);
   call.set_scale(op, scale);
@@ -168,9 +161,8 @@ std::tuple<Tensor, Tensor, Tensor> scatter_tokens_backward(const Tensor& grad, c
   Tensor grad_scale = call.new_stat(scale.has_value() ? call.p.count : 0), winner = new_ints(grad, call.p.rows);
   call.p.map_out = grad_features.mutable_data_ptr(), call.p.tokens_out = grad_tokens.mutable_data_ptr();
   call.p.scale_grad = scale.has_value() ? grad_scale.mutable_data_ptr() : nullptr;
-  visit_floating_cuda(op, grad.scalar_type(), [&]<typename T>() {
-    launch_scatter_backward<T>(launch, call.p, mutable_data<int32_t>(winner));
-  });
+  visit_floating_cuda(op, grad.scalar_type(),
+                      [&]<typename T>() { launch_scatter_backward<T>(launch, call.p, mutable_data<int32_t>(winner)); });
   return {grad_features, grad_tokens, grad_scale};
 }
 

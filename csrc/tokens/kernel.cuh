@@ -10,7 +10,8 @@
 
 namespace tokenprune {
 
-// ---- select: count per image, prefix sum over the images, write ------------------------------------------------------
+// ---- select: count per image, prefix sum over the images, write
+// ------------------------------------------------------
 
 constexpr int kSelectBlock = 512;
 constexpr int kFlags = 8;  // mask entries per thread and pass
@@ -89,12 +90,14 @@ void launch_select_write(const Launch& launch, const SelectParams& p) {
   if (p.capacity > 0) launch(&select_write<Block>, p.batch > 0 ? p.batch : 1, Block, 0, p);
 }
 
-// ---- gather ----------------------------------------------------------------------------------------------------------
+// ---- gather
+// ----------------------------------------------------------------------------------------------------------
 
 // A plain copy: Unit is the widest access that the pointers, the stride and the row length allow.
 template <typename Unit>
-__global__ void __launch_bounds__(kBlock, 4) gather_rows(const Unit* map, int64_t stride, Unit* out, const int32_t* indices,
-                                                      int64_t rows, int64_t count, int64_t width, int log_lanes) {
+__global__ void __launch_bounds__(kBlock, 4)
+    gather_rows(const Unit* map, int64_t stride, Unit* out, const int32_t* indices, int64_t rows, int64_t count,
+                int64_t width, int log_lanes) {
   const int lanes = 1 << log_lanes, lane = threadIdx.x & (lanes - 1);
   for (int64_t t = global_thread() >> log_lanes; t < count; t += grid_threads() >> log_lanes) {
     const int64_t row = indices[t];
@@ -134,14 +137,13 @@ void launch_gather(const Launch& launch, const RowParams& p, int64_t element_byt
 
 // The adjoint: map_out[row] = sum of the tokens that name the row, ascending. One warp per row.
 template <typename T, int W>
-__global__ void __launch_bounds__(kBlock, 4) sum_rows(RowParams p, RowTargets targets, const int32_t* head,
-                                                   const int32_t* next) {
+__global__ void __launch_bounds__(kBlock, 4) sum_rows(RowParams p, RowTargets targets, LinkSources links) {
   constexpr int kChunks = 2;
   const int lane = threadIdx.x % 32;
   const T* tokens = static_cast<const T*>(p.tokens);
   T* out = static_cast<T*>(p.map_out);
   for (int64_t row = global_thread() / 32; row < p.rows; row += grid_threads() / 32) {
-    const RowList list(head, next, row);
+    const RowList list(links, row);
     for (int64_t first = 0; first < p.channels; first += 32 * W * kChunks) {
       Acc<T> sum[kChunks][W] = {};
       list.each(targets, [&](int64_t t) {
@@ -178,13 +180,14 @@ template <typename T, typename Launch>
 void launch_gather_backward(const Launch& launch, const RowParams& p, int32_t* head, int32_t* next) {
   if (p.rows == 0 || p.channels == 0) return;
   const RowTargets targets = row_targets(p);
-  launch_lists(launch, targets, head, next);
+  const LinkSources links{head, next};
+  launch_visit(launch, targets, links);
   const bool packed = packable<T>(p.tokens, p.token_stride) && packable<T>(p.map_out, p.channels);
-  launch(packed ? &sum_rows<T, kPack<T>> : &sum_rows<T, 1>, grid_for(p.rows, kWarps), kBlock, 0, p, targets, head,
-         next);
+  launch(packed ? &sum_rows<T, kPack<T>> : &sum_rows<T, 1>, grid_for(p.rows, kWarps), kBlock, 0, p, targets, links);
 }
 
-// ---- scatter ---------------------------------------------------------------------------------------------------------
+// ---- scatter
+// ---------------------------------------------------------------------------------------------------------
 
 // The new values of a row: (add ? features : 0) + scale * token.
 template <typename T, int W>
@@ -274,20 +277,20 @@ __global__ void __launch_bounds__(kBlock, 4) scatter_backward_rows(RowParams p, 
 template <typename T, typename Launch>
 void launch_scatter(const Launch& launch, const RowParams& p, int32_t* winner) {
   if (p.rows == 0 || p.channels == 0) return;
-  launch_winners(launch, row_targets(p), winner);
-  const bool packed = packable<T>(p.map, p.map_stride) && packable<T>(p.map_out, p.channels) &&
-                      packable<T>(p.tokens, p.token_stride);
+  launch_visit(launch, row_targets(p), HighestSource{winner});
+  const bool packed =
+      packable<T>(p.map, p.map_stride) && packable<T>(p.map_out, p.channels) && packable<T>(p.tokens, p.token_stride);
   const int log_lanes = log_lanes_for(packed ? p.channels / kPack<T> : p.channels);
-  launch(packed ? &scatter_rows<T, kPack<T>> : &scatter_rows<T, 1>, grid_for(p.rows << log_lanes, kBlock), kBlock, 0,
-         p, winner, log_lanes);
+  launch(packed ? &scatter_rows<T, kPack<T>> : &scatter_rows<T, 1>, grid_for(p.rows << log_lanes, kBlock), kBlock, 0, p,
+         winner, log_lanes);
 }
 
 template <typename T, typename Launch>
 void launch_scatter_in_place(const Launch& launch, const RowParams& p, int32_t* winner) {
   if (p.rows == 0 || p.count == 0 || p.channels == 0) return;
-  launch_winners(launch, row_targets(p), winner);
-  const bool packed = packable<T>(p.map_out, p.map_stride) && packable<T>(p.tokens, p.token_stride) &&
-                      p.channels % kPack<T> == 0;
+  launch_visit(launch, row_targets(p), HighestSource{winner});
+  const bool packed =
+      packable<T>(p.map_out, p.map_stride) && packable<T>(p.tokens, p.token_stride) && p.channels % kPack<T> == 0;
   const int log_lanes = log_lanes_for(packed ? p.channels / kPack<T> : p.channels);
   launch(packed ? &scatter_rows_in_place<T, kPack<T>> : &scatter_rows_in_place<T, 1>,
          grid_for(p.count << log_lanes, kBlock), kBlock, 0, p, winner, log_lanes);
@@ -296,7 +299,7 @@ void launch_scatter_in_place(const Launch& launch, const RowParams& p, int32_t* 
 template <typename T, typename Launch>
 void launch_scatter_backward(const Launch& launch, const RowParams& p, int32_t* winner) {
   if (p.rows + p.count == 0) return;  // with no channels the scale still gets its zeros
-  launch_winners(launch, row_targets(p), winner);
+  launch_visit(launch, row_targets(p), HighestSource{winner});
   const bool packed = packable<T>(p.map, p.map_stride) && packable<T>(p.map_out, p.channels) &&
                       packable<T>(p.tokens_out, p.channels) && packable<T>(p.tokens, p.token_stride);
   launch(packed ? &scatter_backward_rows<T, kPack<T>> : &scatter_backward_rows<T, 1>,

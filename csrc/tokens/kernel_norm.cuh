@@ -181,8 +181,8 @@ __global__ void __launch_bounds__(kBlock, 4) norm_column_sums(RowParams p, Acc<T
 }
 
 template <typename A>
-__global__ void __launch_bounds__(kBlock, 4) add_slices(const A* partial, int64_t slices, int64_t channels, A* weight,
-                                                     A* bias) {
+__global__ void __launch_bounds__(kBlock, 4)
+    add_slices(const A* partial, int64_t slices, int64_t channels, A* weight, A* bias) {
   for (int64_t i = global_thread(); i < 2 * channels; i += grid_threads()) {
     A sum = 0;
     for (int64_t s = 0; s < slices; ++s) sum += partial[s * 2 * channels + i];

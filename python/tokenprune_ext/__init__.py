@@ -13,7 +13,7 @@ _LAZY = {
     "unpatch": "._patch",
     "trace": "._patch",
     "profile": ".profiling",
-    "visualize": ".visualize",
+    "visualize": "._visualize",
 }
 _MODULES = ("nn", "reducers", "integrations", "profiling")
 

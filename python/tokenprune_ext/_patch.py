@@ -58,10 +58,15 @@ def patch(model: nn.Module, method: str | reducers.Reducer = "tome", **options) 
     found = [(adapter, name, part) for adapter in adapters() for name, part in adapter.find(model)]
     if len(found) != 1:
         names = [name or type(part).__name__ for _, name, part in found]
-        raise ValueError(f"patch: model must hold exactly one supported vision transformer, got {names or type(model).__name__}")
+        raise ValueError(
+            "patch: model must hold exactly one supported vision transformer, got "
+            f"{names or 'none in ' + type(model).__name__}"
+        )
     adapter, _, part = found[0]
     if hasattr(part, _NAME):
-        raise ValueError(f"patch: model must not be patched already, got one with {type(part.token_reducer).__name__}: unpatch it first")
+        raise ValueError(
+            f"patch: model must be unpatched first, got one with {type(part.token_reducer).__name__}"
+        )
     adapter.check(part)
     reducer = reducers.create(method, adapter.facts(part), **options)
     anchor = next(part.parameters())
@@ -93,7 +98,9 @@ def patched(model: nn.Module, method: str | reducers.Reducer = "tome", **options
         unpatch(model)
 
 
-def features(model: nn.Module, images: Tensor, *, trace: bool = False, carry: dict | None = None) -> tuple[Tensor, TokenState]:
+def features(
+    model: nn.Module, images: Tensor, *, trace: bool = False, carry: dict[str, Tensor] | None = None
+) -> tuple[Tensor, TokenState]:
     """Features of a patched model together with the state of their tokens (for losses, restoring, pictures).
 
     Args:

@@ -13,7 +13,7 @@ struct Oracle {
   double scale;
   std::vector<int> cu_q{}, cu_k{};
   std::vector<double> q{}, k{}, v{}, bias{};  // packed [total, heads, dim]; bias [total_k] or empty
-  std::vector<double> out{}, lse{}, cls{};  // results of forward()
+  std::vector<double> out{}, lse{}, cls{};    // results of forward()
   std::vector<double> scores{}, scores_grad_lse{};
   std::vector<double> grad_q{}, grad_k{}, grad_v{}, grad_bias{};
 

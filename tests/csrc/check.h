@@ -83,9 +83,9 @@ void equal(const std::string& name, const std::vector<T>& got, const std::vector
   if (got.size() != want.size()) return report(name, false, "sizes differ");
   for (size_t i = 0; i < got.size(); ++i) {
     if (got[i] != want[i]) {
-      return report(name, false,
-                    "index " + std::to_string(i) + ": got " + std::to_string(got[i]) + ", want " +
-                        std::to_string(want[i]));
+      return report(
+          name, false,
+          "index " + std::to_string(i) + ": got " + std::to_string(got[i]) + ", want " + std::to_string(want[i]));
     }
   }
   report(name, true, "");

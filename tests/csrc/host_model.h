@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // An execution model of CUDA on the host: runs an unchanged kernel.cuh on the CPU, with no GPU and no CUDA toolkit.
 //
-// Build:   g++ -std=c++20 -DTOKENPRUNE_HOST_MODEL -I tests/csrc -I csrc ...        (csrc/common/cuda.h includes this file)
+// Build:   g++ -std=c++20 -DTOKENPRUNE_HOST_MODEL -I tests/csrc -I csrc ...        (csrc/common/cuda.h includes this
+// file)
 //   default                        FIBERS: one fiber per CUDA thread, blocks one after another, deterministic. For
 //                                  AddressSanitizer and UBSan. TOKENPRUNE_MODEL_REVERSE=1 in the environment reverses
 //                                  the order of blocks and threads: results that change depend on an unordered race.
@@ -12,8 +13,8 @@
 //
 // What a kernel may use (csrc/common/cuda.h documents the device side):
 //   threadIdx blockIdx blockDim gridDim; __syncthreads(); atomicAdd/Min/Max/Or/Exch/CAS on 32-bit integers;
-//   TP_SHARED(type, name, [n][m]) for static (declare all at the top) and dynamic_shared<T>() for dynamic shared memory;
-//   the wrappers of cuda.h for everything that a warp does together (always the full warp) and for cp.async.
+//   TP_SHARED(type, name, [n][m]) for static (declare all at the top) and dynamic_shared<T>() for dynamic shared
+//   memory; the wrappers of cuda.h for everything that a warp does together (always the full warp) and for cp.async.
 // What the model finds:
 //   - a barrier or warp operation not reached by all threads, or reached at different places: error, exit status 70;
 //   - reads of shared memory that was not written in this block: it is filled with 0xff (NaN, -1) before each block;
@@ -105,9 +106,7 @@ struct BlockState {
   }
 };
 
-inline unsigned linear_thread() {
-  return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
-}
+inline unsigned linear_thread() { return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z); }
 
 inline bool reversed() {
   static const bool value = [] {
@@ -132,10 +131,10 @@ namespace tokenprune::host_model {
 template <typename Kernel, typename... Args>
 void launch(const char* name, Kernel kernel, dim3 grid, dim3 block, size_t shared_bytes, Args... args) {
   const unsigned threads = block.x * block.y * block.z;
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535 || threads == 0 ||
-      threads > 1024 || threads % 32 != 0 || shared_bytes > 227 * 1024) {
-    std::fprintf(stderr, "host model: invalid launch of %s: grid %u,%u,%u block %u shared %zu\n", name, grid.x,
-                 grid.y, grid.z, threads, shared_bytes);
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535 || threads == 0 || threads > 1024 ||
+      threads % 32 != 0 || shared_bytes > 227 * 1024) {
+    std::fprintf(stderr, "host model: invalid launch of %s: grid %u,%u,%u block %u shared %zu\n", name, grid.x, grid.y,
+                 grid.z, threads, shared_bytes);
     std::_Exit(70);
   }
   gridDim = grid;
@@ -167,8 +166,7 @@ struct Launcher {
 // ---- asynchronous copies -------------------------------------------------------------------------------------------
 
 inline void copy_async(void* to, const void* from, int bytes, int valid, Where where) {
-  if (reinterpret_cast<uintptr_t>(to) % bytes != 0 ||
-      (valid != 0 && reinterpret_cast<uintptr_t>(from) % bytes != 0)) {
+  if (reinterpret_cast<uintptr_t>(to) % bytes != 0 || (valid != 0 && reinterpret_cast<uintptr_t>(from) % bytes != 0)) {
     fatal("misaligned asynchronous copy", where);
   }
   CopyQueue& queue = block_state().copies[linear_thread()];

@@ -73,9 +73,9 @@ inline __half __float2half(float f) {
   const float a = std::fabs(f);
   if (f != f) return {0x7fff};
   if (a >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00)};
-  int exponent = -100;  // zero counts as subnormal
-  if (a > 0) std::frexp(a, &exponent);  // a = m * 2^exponent, m in [0.5, 1)
-  const int unit = exponent - 11 < -24 ? -24 : exponent - 11;  // weight of the last mantissa bit
+  int exponent = -100;                                                             // zero counts as subnormal
+  if (a > 0) std::frexp(a, &exponent);                                             // a = m * 2^exponent, m in [0.5, 1)
+  const int unit = exponent - 11 < -24 ? -24 : exponent - 11;                      // weight of the last mantissa bit
   const auto steps = static_cast<uint32_t>(std::nearbyint(std::ldexp(a, -unit)));  // 11 bits; carries work out
   const uint32_t base = unit == -24 ? 0 : static_cast<uint32_t>(unit + 24) << 10;
   return {static_cast<uint16_t>(sign | (base + steps))};

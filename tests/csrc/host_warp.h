@@ -4,7 +4,7 @@
 
 #include "host_model.h"
 
-#define TP_SHARED(type, name, ...)         \
+#define TP_SHARED(type, name, ...)          \
   alignas(16) static type name __VA_ARGS__; \
   ::tokenprune::host_model::enter_shared(&name, sizeof(name))
 
@@ -67,7 +67,8 @@ inline double exp2_fast(double v) { return std::exp2(v); }
 inline float rsqrt_of(float v) { return 1.0f / std::sqrt(v); }
 inline double rsqrt_of(double v) { return 1.0 / std::sqrt(v); }
 
-// ---- matrix instructions and asynchronous copies ---------------------------------------------------------------------
+// ---- matrix instructions and asynchronous copies
+// ---------------------------------------------------------------------
 
 namespace host_model {
 inline float widened(__half v) { return __half2float(v); }
@@ -118,6 +119,14 @@ void load_matrix(uint32_t* r, const void* row, Where where) {
 }
 }  // namespace host_model
 
+template <typename T>
+uint32_t pack_pair(float low, float high) {
+  const auto bits = [](float v) -> uint32_t {
+    if constexpr (std::is_same_v<T, __half>) return __float2half(v).bits;
+    return __float2bfloat16(v).bits;
+  };
+  return bits(low) | bits(high) << 16;
+}
 template <typename T>
 void mma_16x8x16(float* c, const uint32_t* a, const uint32_t* b,
                  std::source_location where = std::source_location::current()) {

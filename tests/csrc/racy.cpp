@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Kernels with one deliberate mistake each: the host model and the sanitizers must report them (tools/sanitize.sh expects
-// a failing exit status for every name, and success for "none").
+// Kernels with one deliberate mistake each: the host model and the sanitizers must report them (tools/sanitize.sh
+// expects a failing exit status for every name, and success for "none").
 #include <cstring>
 
 #include "../../csrc/common/cuda.h"

@@ -98,13 +98,13 @@ struct Problem {
 constexpr double kPoison = 777;
 
 template <typename T>
-void forward(const Case& c) {
+void forward(const Case& c, int processors = 1000) {
   using S = Acc<T>;
   Problem<T> x(c);
   std::vector<T> out(x.oracle.out.size(), from_acc<T>(kPoison));
   std::vector<S> lse(x.oracle.lse.size(), kPoison), cls(x.oracle.cls.size(), kPoison);
   x.p.o = out.data(), x.p.lse = lse.data(), x.p.cls = cls.empty() ? nullptr : cls.data();
-  launch_forward<T>(host_model::Launcher{}, x.p);
+  launch_forward<T>(host_model::Launcher{}, x.p, processors);
   close(x.name("out"), out, x.oracle.out, tolerance<T>());
   close(x.name("lse"), lse, x.oracle.lse, sizeof(T) == 8 ? 1e-12 : 2e-5);
   close(x.name("cls"), cls, x.oracle.cls, sizeof(T) == 8 ? 1e-12 : 2e-5);
@@ -142,7 +142,8 @@ void backward(const Case& c, int terms, int kind) {
   x.oracle.backward(terms & 1 ? g : std::vector<double>{}, out_used, terms & 2 ? g_lse : std::vector<double>{},
                     terms & 4 ? g_scores : std::vector<double>{}, kind);
   const T poison = from_acc<T>(kPoison);
-  std::vector<T> grad_q(x.oracle.q.size(), poison), grad_k(x.oracle.k.size(), poison), grad_v(x.oracle.v.size(), poison);
+  std::vector<T> grad_q(x.oracle.q.size(), poison), grad_k(x.oracle.k.size(), poison),
+      grad_v(x.oracle.v.size(), poison);
   std::vector<S> grad_bias(x.oracle.cls.size(), kPoison), delta(lse.size(), kPoison);
   const int64_t stride = c.heads * c.dim;
   if (terms & 1) {
@@ -166,7 +167,8 @@ void policy(const std::string& name, int batch, int tokens, int heads, int dim, 
   using S = Acc<T>;
   Random random(tokens * 17 + dim);
   const int64_t row = heads * dim, stats = int64_t{batch} * heads * tokens;
-  const std::vector<T> qkv = random.values<T>(batch * tokens * 3 * row), grad_out = random.values<T>(batch * tokens * row);
+  const std::vector<T> qkv = random.values<T>(batch * tokens * 3 * row),
+                       grad_out = random.values<T>(batch * tokens * row);
   std::vector<S> keep(batch * tokens);
   for (S& x : keep) x = static_cast<S>(random.integer(0, 4)) / 4;
   PolicyParams p;
@@ -220,6 +222,13 @@ void widths(std::initializer_list<int> dims) {
 }
 
 template <typename T>
+void tall() {  // two bands of rows per warp
+  for (const int dim : {32, 64, 80}) {
+    forward<T>({"tall " + std::to_string(dim), {130, 0, 70}, {70, 2, 129}, 1, dim, true, true, 2}, 1);
+  }
+}
+
+template <typename T>
 void everything() {
   const Case ragged{"ragged", {5, 0, 67, 1, 0}, {70, 3, 0, 1, 4}, 2, 32, false, true, 3};
   const Case indexed{"indexed", {66, 3}, {131, 2}, 1, 32, true, false, 2};
@@ -243,7 +252,7 @@ int main() {
     tiny<__nv_bfloat16>(), tiny<float>();
     return finish();
   }
-  everything<__nv_bfloat16>(), everything<float>();
+  everything<__nv_bfloat16>(), everything<float>(), tall<__half>();
   widths<__half>({16, 32, 48, 64, 80, 96, 128}), widths<float>({64, 80, 128}), widths<double>({32, 64, 96, 128});
   policy<__half>("wide", 1, 20, 1, 80, 1e-2), policy<double>("double", 1, 40, 1, 64, 1e-2);
   const Case odd{"odd", {4, 3}, {6, 65}, 2, 27, true, true, 0, 1};

@@ -18,7 +18,8 @@ std::string label(const char* what, const char* type, std::initializer_list<int6
   return text;
 }
 
-// ---- select ----------------------------------------------------------------------------------------------------------
+// ---- select
+// ----------------------------------------------------------------------------------------------------------
 
 template <int Block>
 void test_select(int64_t batch, int64_t tokens, int64_t capacity, int keep_percent) {
@@ -34,8 +35,8 @@ void test_select(int64_t batch, int64_t tokens, int64_t capacity, int keep_perce
   }
   const bool sized = capacity < 0;
   std::vector<int32_t> cu(batch + 1, -7);
-  SelectParams p{reinterpret_cast<const bool*>(mask.data()), nullptr, cu.data(), batch, tokens,
-                 sized ? INT32_MAX : capacity};
+  SelectParams p{
+      reinterpret_cast<const bool*>(mask.data()), nullptr, cu.data(), batch, tokens, sized ? INT32_MAX : capacity};
   launch_select_counts<Block>(launch, p);
   if (sized) p.capacity = cu[batch];
   std::vector<int32_t> indices(p.capacity, -7);
@@ -48,7 +49,8 @@ void test_select(int64_t batch, int64_t tokens, int64_t capacity, int keep_perce
   test::equal(name + " indices", indices, want);
 }
 
-// ---- rows ------------------------------------------------------------------------------------------------------------
+// ---- rows
+// ------------------------------------------------------------------------------------------------------------
 
 // Maps with a row stride and an offset, so that the packed and the scalar paths both run.
 template <typename T>
@@ -242,17 +244,18 @@ template <typename T>
 void test_dtype() {
   test_all<T>(20, 13, 64, 0, 0, 0);
   if (test::kTiny) return;
-  test_all<T>(20, 13, 7, 0, 0, 0);       // odd width
-  test_all<T>(20, 13, 16, 5, 0, 0);      // odd stride
-  test_all<T>(20, 13, 24, 0, 1, 0);      // shifted by one element
-  test_all<T>(17, 50, 40, 8, 8, 1);      // duplicates
-  test_all<T>(17, 150, 33, 0, 0, 2);     // more than 32 tokens on one row
-  test_all<T>(9, 70, 600, 0, 0, 1);      // more than two packs per lane
-  test_all<T>(3, 4, 1104, 8, 0, 1);      // the row does not fit the registers
-  test_all<T>(0, 5, 8, 0, 0, 0);         // empty map
-  test_all<T>(5, 0, 8, 0, 0, 0);         // no tokens
-  test_all<T>(5, 4, 0, 0, 0, 0);         // no channels
+  test_all<T>(20, 13, 7, 0, 0, 0);    // odd width
+  test_all<T>(20, 13, 16, 5, 0, 0);   // odd stride
+  test_all<T>(20, 13, 24, 0, 1, 0);   // shifted by one element
+  test_all<T>(17, 50, 40, 8, 8, 1);   // duplicates
+  test_all<T>(17, 150, 33, 0, 0, 2);  // more than 32 tokens on one row
+  test_all<T>(9, 70, 600, 0, 0, 1);   // more than two packs per lane
+  test_all<T>(3, 4, 1104, 8, 0, 1);   // the row does not fit the registers
+  test_all<T>(0, 5, 8, 0, 0, 0);      // empty map
+  test_all<T>(5, 0, 8, 0, 0, 0);      // no tokens
+  test_all<T>(5, 4, 0, 0, 0, 0);      // no channels
   test_all<T>(5, 4, 1, 0, 0, 1);
+  test_all<T>(4200, 300, 2, 0, 0, 1);  // too large for one block
 }
 
 }  // namespace

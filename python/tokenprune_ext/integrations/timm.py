@@ -15,7 +15,16 @@ from torch.utils.checkpoint import checkpoint
 from ..nn import AttentionBranch, BlockParts, MlpBranch, TokenState, run_block
 
 _MLPS = ("GeGluMlp", "GluMlp", "Mlp", "SwiGLU", "SwiGLUPacked")
-_NORMS = ("Identity", "LayerNorm", "LayerNormFp32", "RMSNorm", "RmsNorm", "RmsNormFp32", "SimpleNorm", "SimpleNormFp32")
+_NORMS = (
+    "Identity",
+    "LayerNorm",
+    "LayerNormFp32",
+    "RMSNorm",
+    "RmsNorm",
+    "RmsNormFp32",
+    "SimpleNorm",
+    "SimpleNormFp32",
+)
 _SCALES = ("Identity", "LayerScale")
 _DROPS = ("DropPath", "Identity")
 
@@ -25,7 +34,9 @@ def find(model: nn.Module) -> list[tuple[str, nn.Module]]:
     library = sys.modules.get("timm.models.vision_transformer")
     if library is None:  # a timm model cannot exist before timm was imported
         return []
-    return [(name, part) for name, part in model.named_modules() if isinstance(part, library.VisionTransformer)]
+    return [
+        (name, part) for name, part in model.named_modules() if isinstance(part, library.VisionTransformer)
+    ]
 
 
 def facts(model: nn.Module) -> dict:
@@ -48,7 +59,9 @@ def check(model: nn.Module) -> None:
     library = sys.modules["timm.models.vision_transformer"]
     for name in ("forward_features", "forward_intermediates"):
         if getattr(type(model), name) is not getattr(library.VisionTransformer, name) or name in vars(model):
-            raise ValueError(f"patch: model must use timm's {name}, got an overridden one in {type(model).__name__}")
+            raise ValueError(
+                f"patch: model must use timm's {name}, got an overridden one in {type(model).__name__}"
+            )
     for number, block in enumerate(model.blocks):
         _check_block(f"blocks.{number}", block, library)
     if not len(model.blocks):
@@ -114,7 +127,9 @@ def methods(model: nn.Module) -> dict:
 
 def parts(block: nn.Module) -> BlockParts:
     """A timm block as branches over its own submodules."""
-    post = not hasattr(block, "ls1")  # ResPostBlock: the norm sits behind the branch, where LayerScale would be
+    post = not hasattr(
+        block, "ls1"
+    )  # ResPostBlock: the norm sits behind the branch, where LayerScale would be
     identity = nn.Identity()
     attn = block.attn
     attention = AttentionBranch(
@@ -126,8 +141,8 @@ def parts(block: nn.Module) -> BlockParts:
         scale=attn.scale,
         q_norm=_present(attn.q_norm),
         k_norm=_present(attn.k_norm),
-        out_norm=_present(attn.norm),
-        gate=attn.gate,
+        out_norm=_present(getattr(attn, "norm", identity)),  # absent in older timm
+        gate=getattr(attn, "gate", None),
         proj_drop=attn.proj_drop,
         attn_drop=attn.attn_drop.p if attn.attn_drop.training else 0.0,
         layer_scale=block.norm1 if post else _present(block.ls1),
@@ -143,8 +158,7 @@ def parts(block: nn.Module) -> BlockParts:
 
 
 def _forward_features(model, x, attn_mask=None, is_causal=False):
-    if attn_mask is not None or is_causal:
-        raise ValueError("patched model: attn_mask must be None and is_causal False, got a mask (reduced tokens have no fixed places)")
+    _no_mask(attn_mask, is_causal)
     return forward(model, x)[0]
 
 
@@ -162,8 +176,7 @@ def _forward_intermediates(
     is_causal=False,
 ):
     """timm's ``forward_intermediates``: the maps are restored to the full grid, the final features stay reduced."""
-    if attn_mask is not None or is_causal:
-        raise ValueError("patched model: attn_mask must be None and is_causal False, got a mask (reduced tokens have no fixed places)")
+    _no_mask(attn_mask, is_causal)
     if output_fmt not in ("NCHW", "NLC"):
         raise ValueError(f"forward_intermediates: output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
     from timm.models._features import feature_take_indices
@@ -192,10 +205,19 @@ def _forward_intermediates(
     return maps if intermediates_only else (features, maps)
 
 
+def _no_mask(attn_mask, is_causal):
+    if attn_mask is not None or is_causal:
+        raise ValueError(
+            "patched model: attn_mask must be None and is_causal False (reduced tokens have no fixed places), "
+            f"got {'is_causal=True' if is_causal else 'a mask'}"
+        )
+
+
 def _check_block(name, block, library):
     known = (library.Block, library.ResPostBlock)
     if type(block).forward not in [cls.forward for cls in known] or "forward" in vars(block):
-        raise ValueError(f"patch: {name} must be a timm {' or '.join(cls.__name__ for cls in known)}, got {type(block).__name__}")
+        names = " or ".join(cls.__name__ for cls in known)
+        raise ValueError(f"patch: {name} must be a timm {names}, got {type(block).__name__}")
     attn = block.attn
     if type(attn).forward is not library.Attention.forward or "forward" in vars(attn):
         raise ValueError(f"patch: {name}.attn must be a timm Attention, got {type(attn).__name__}")
@@ -207,7 +229,9 @@ def _check_block(name, block, library):
             _known(f"{name}.{part}", getattr(block, part), kinds)
     for part, module in block.named_children():
         if part not in ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"):
-            raise ValueError(f"patch: {name} must have known parts only, got {part} ({type(module).__name__})")
+            raise ValueError(
+                f"patch: {name} must have known parts only, got {part} ({type(module).__name__})"
+            )
 
 
 def _known(name, module, kinds):

@@ -83,7 +83,12 @@ class AttentionBranch:
         cu_seqlens, max_seqlen = state.sequences(q)
         q, k, v = (t.reshape(-1, self.num_heads, self.head_dim) for t in (q, k, v))
         bias = None if state.key_bias is None else state.key_bias.reshape(-1)
-        ragged = {"cu_seqlens_q": cu_seqlens, "max_seqlen_q": max_seqlen, "key_bias": bias, "scale": self.logit_scale}
+        ragged = {
+            "cu_seqlens_q": cu_seqlens,
+            "max_seqlen_q": max_seqlen,
+            "key_bias": bias,
+            "scale": self.logit_scale,
+        }
         out, lse, *cls = sparse_attention(q, k, v, want_cls=want == "cls", **ragged)
         product = None
         if want == "key":
@@ -209,7 +214,12 @@ class BlockRun:
 
 
 def run_block(
-    block: BlockParts, x: Tensor, state: TokenState, layer: int, reducer, record: list[BlockRecord] | None = None
+    block: BlockParts,
+    x: Tensor,
+    state: TokenState,
+    layer: int,
+    reducer,
+    record: list[BlockRecord] | None = None,
 ) -> tuple[Tensor, TokenState]:
     """One step of a model's loop over its blocks.
 
@@ -227,7 +237,11 @@ def run_block(
 
 def gather_norm(norm: Callable, x: Tensor, rows: Tensor) -> Tensor:
     """``norm`` of the gathered rows, ``[T, C]``; one pass over the memory when ``norm`` is a plain LayerNorm."""
-    plain = isinstance(norm, nn.LayerNorm) and type(norm).__name__ == "LayerNorm" and len(norm.normalized_shape) == 1
+    plain = (
+        isinstance(norm, nn.LayerNorm)
+        and type(norm).__name__ == "LayerNorm"
+        and len(norm.normalized_shape) == 1
+    )
     if plain:
         return gather_layer_norm(x, rows, norm.weight, norm.bias, norm.eps)
     return norm(gather_tokens(x, rows))

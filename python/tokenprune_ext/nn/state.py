@@ -136,8 +136,10 @@ def pad_rows(values: Tensor, cu_seqlens: Tensor, max_seqlen: int, fill: float) -
     column = torch.arange(max_seqlen, dtype=torch.int32, device=values.device)
     rows = cu_seqlens[:-1, None] + column
     inside = rows < cu_seqlens[1:, None]
-    padded = values[rows.clamp(max=values.shape[0] - 1).long()] if values.shape[0] else values.new_zeros(
-        *rows.shape, *values.shape[1:]
+    padded = (
+        values[rows.clamp(max=values.shape[0] - 1).long()]
+        if values.shape[0]
+        else values.new_zeros(*rows.shape, *values.shape[1:])
     )
     return torch.where(inside.view(*inside.shape, *[1] * (values.dim() - 1)), padded, fill)
 

@@ -93,10 +93,14 @@ def _refuse_transforms(name, args):
         )
 
 
-def check(condition, op, argument, rule, got, error=ValueError):
-    """Raise ``error`` in the form "tokenprune::op: argument must rule, got value"."""
+def check(condition, op, argument, rule, got, *parts, error=ValueError):
+    """Raise ``error`` in the form "tokenprune::op: argument must rule, got value".
+
+    ``parts`` fill the braces of ``rule``. They are formatted only on failure: under torch.compile, formatting a symbolic
+    size would specialise on it.
+    """
     if not condition:
-        raise error(f"tokenprune::{op}: {argument} must {rule}, got {got}")
+        raise error(f"tokenprune::{op}: {argument} must {rule.format(*parts)}, got {got}")
 
 
 def check_floating(op, **tensors):
@@ -109,19 +113,30 @@ def check_floating(op, **tensors):
         first_name,
         "be a float32, float64, float16 or bfloat16 tensor",
         getattr(first, "dtype", type(first)),
-        TypeError,
+        error=TypeError,
     )
     for name, tensor in tensors.items():
-        check(tensor.dtype == first.dtype, op, name, f"have the dtype of {first_name} ({first.dtype})", tensor.dtype, TypeError)
-        check(tensor.device == first.device, op, name, f"be on {first.device}", tensor.device)
+        check(
+            tensor.dtype == first.dtype,
+            op,
+            name,
+            "have the dtype of {} ({})",
+            tensor.dtype,
+            first_name,
+            first.dtype,
+            error=TypeError,
+        )
+        check(tensor.device == first.device, op, name, "be on {}", tensor.device, first.device)
 
 
 def check_index(op, argument, tensor, device, dim=1):
     """Integer tensor of ``dim`` dimensions on ``device``; returned as contiguous int32."""
-    check(isinstance(tensor, torch.Tensor), op, argument, "be a tensor", type(tensor), TypeError)
-    check(tensor.dtype in (torch.int32, torch.int64), op, argument, "be int32 or int64", tensor.dtype, TypeError)
-    check(tensor.dim() == dim, op, argument, f"have {dim} dimension(s)", tuple(tensor.shape))
-    check(tensor.device == device, op, argument, f"be on {device}", tensor.device)
+    check(isinstance(tensor, torch.Tensor), op, argument, "be a tensor", type(tensor), error=TypeError)
+    check(tensor.dtype in (torch.int32, torch.int64), op, argument, "be int32 or int64", tensor.dtype, error=TypeError)
+    check(tensor.dim() == dim, op, argument, "have {} dimension(s)", tuple(tensor.shape), dim)
+    check(tensor.device == device, op, argument, "be on {}", tensor.device, device)
+    if tensor.dtype == torch.int64:  # saturate: what is out of range must stay so
+        tensor = tensor.clamp(-(2**31), 2**31 - 1)
     return tensor.to(torch.int32)
 
 

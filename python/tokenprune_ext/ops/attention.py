@@ -55,7 +55,9 @@ def sparse_attention(
     """
     op = "sparse_attention"
     q, k, v = autocast_cast(q, k, v)
-    args = _ragged_arguments(op, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_bias, scale, index)
+    args = _ragged_arguments(
+        op, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_bias, scale, index
+    )
     out, lse, cls = call(op, q.device, q, k, v, *args, want_cls)
     return (out, lse, cls) if want_cls else (out, lse)
 
@@ -71,10 +73,24 @@ def sparse_attention_qkvpacked(
     want_cls: bool = False,
 ) -> tuple[Tensor, ...]:
     """:func:`sparse_attention` straight from a packed projection ``qkv [T, 3, H, D]``, without a copy."""
-    check(qkv.dim() == 4 and qkv.shape[1] == 3, "sparse_attention_qkvpacked", "qkv", "have shape [T, 3, H, D]", tuple(qkv.shape))
+    check(
+        qkv.dim() == 4 and qkv.shape[1] == 3,
+        "sparse_attention_qkvpacked",
+        "qkv",
+        "have shape [T, 3, H, D]",
+        tuple(qkv.shape),
+    )
     q, k, v = qkv.unbind(1)
     return sparse_attention(
-        q, k, v, cu_seqlens_q=cu_seqlens, max_seqlen_q=max_seqlen, key_bias=key_bias, scale=scale, index=index, want_cls=want_cls
+        q,
+        k,
+        v,
+        cu_seqlens_q=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        key_bias=key_bias,
+        scale=scale,
+        index=index,
+        want_cls=want_cls,
     )
 
 
@@ -104,14 +120,19 @@ def attention_scores(
     op = "attention_scores"
     check(kind in _KINDS, op, "kind", "be 'cls' or 'mean'", repr(kind))
     q, k = autocast_cast(q, k)
-    args = _ragged_arguments(op, q, k, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_bias, scale, index)
+    args = _ragged_arguments(
+        op, q, k, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_bias, scale, index
+    )
     count = q.shape[0] if args[5] is None else args[5].shape[0]
-    check(tuple(lse.shape) == (q.shape[1], count), op, "lse", f"have shape {[q.shape[1], count]}", tuple(lse.shape))
-    check(lse.dtype == stat_dtype(q.dtype), op, "lse", f"be {stat_dtype(q.dtype)}", lse.dtype, TypeError)
+    check(tuple(lse.shape) == (q.shape[1], count), op, "lse", "have shape {}", tuple(lse.shape), [q.shape[1], count])
+    check(lse.dtype == stat_dtype(q.dtype), op, "lse", "be {}", lse.dtype, stat_dtype(q.dtype), error=TypeError)
+    check(lse.device == q.device, op, "lse", "be on {}", lse.device, q.device)
     return call(op, q.device, q, k, lse, *args, _KINDS[kind])
 
 
-def policy_attention(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, eps: float = 1e-6, *, scale: float | None = None) -> Tensor:
+def policy_attention(
+    q: Tensor, k: Tensor, v: Tensor, policy: Tensor, eps: float = 1e-6, *, scale: float | None = None
+) -> Tensor:
     """Attention in which ``policy`` says which keys are visible; every token always sees itself.
 
     ``A_ij = (E_ij P_ij + eps / N) / (sum_j E_ij P_ij + eps)`` with ``E = exp(logits - row max over all keys)``,
@@ -131,9 +152,9 @@ def policy_attention(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, eps: float
     check_floating(op, q=q, k=k, v=v)
     check(q.dim() == 4, op, "q", "have shape [B, N, H, D]", tuple(q.shape))
     for name, tensor in (("k", k), ("v", v)):
-        check(tensor.shape == q.shape, op, name, f"have the shape of q {tuple(q.shape)}", tuple(tensor.shape))
-    check(policy.shape == q.shape[:2], op, "policy", f"have shape {list(q.shape[:2])}", tuple(policy.shape))
-    check(policy.device == q.device, op, "policy", f"be on {q.device}", policy.device)
+        check(tensor.shape == q.shape, op, name, "have the shape of q {}", tuple(tensor.shape), tuple(q.shape))
+    check(policy.shape == q.shape[:2], op, "policy", "have shape {}", tuple(policy.shape), list(q.shape[:2]))
+    check(policy.device == q.device, op, "policy", "be on {}", policy.device, q.device)
     check(eps >= 0, op, "eps", "be >= 0", eps)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return call(op, q.device, q, k, v, policy.to(stat_dtype(q.dtype)), eps, scale)[0]
@@ -146,12 +167,20 @@ def _ragged_arguments(op, q, k, v, cu_q, cu_k, max_q, max_k, key_bias, scale, in
     """The common tail (cu_seqlens_q .. scale) of every ragged op, checked."""
     check_floating(op, q=q, k=k, v=v)
     check(q.dim() == 3, op, "q", "have shape [Tq, H, D]", tuple(q.shape))
-    check(k.dim() == 3 and k.shape[1:] == q.shape[1:], op, "k", f"have shape [Tk, {q.shape[1]}, {q.shape[2]}]", tuple(k.shape))
-    check(v.shape == k.shape, op, "v", f"have the shape of k {tuple(k.shape)}", tuple(v.shape))
+    check(
+        k.dim() == 3 and k.shape[1:] == q.shape[1:],
+        op,
+        "k",
+        "have shape [Tk, {}, {}]",
+        tuple(k.shape),
+        q.shape[1],
+        q.shape[2],
+    )
+    check(v.shape == k.shape, op, "v", "have the shape of k {}", tuple(v.shape), tuple(k.shape))
     cu_q = check_index(op, "cu_seqlens_q", cu_q, q.device)
     cu_k = cu_q if cu_k is None else check_index(op, "cu_seqlens_k", cu_k, q.device)
     check(cu_q.shape[0] >= 1, op, "cu_seqlens_q", "have at least one entry", tuple(cu_q.shape))
-    check(cu_k.shape == cu_q.shape, op, "cu_seqlens_k", f"have shape {tuple(cu_q.shape)}", tuple(cu_k.shape))
+    check(cu_k.shape == cu_q.shape, op, "cu_seqlens_k", "have shape {}", tuple(cu_k.shape), tuple(cu_q.shape))
     max_k = max_q if max_k is None else max_k
     check(max_q >= 0, op, "max_seqlen_q", "be >= 0", max_q)
     check(max_k >= 0, op, "max_seqlen_k", "be >= 0", max_k)
@@ -160,8 +189,8 @@ def _ragged_arguments(op, q, k, v, cu_q, cu_k, max_q, max_k, key_bias, scale, in
         rows = check_index(op, "index", index.indices if isinstance(index, TokenIndex) else index, q.device)
     if key_bias is not None:
         count = k.shape[0] if rows is None else rows.shape[0]
-        check(tuple(key_bias.shape) == (count,), op, "key_bias", f"have shape [{count}]", tuple(key_bias.shape))
-        check(key_bias.device == q.device, op, "key_bias", f"be on {q.device}", key_bias.device)
+        check(tuple(key_bias.shape) == (count,), op, "key_bias", "have shape [{}]", tuple(key_bias.shape), count)
+        check(key_bias.device == q.device, op, "key_bias", "be on {}", key_bias.device, q.device)
         key_bias = key_bias.to(stat_dtype(q.dtype))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return cu_q, cu_k, max_q, max_k, key_bias, rows, rows, float(scale)
@@ -185,11 +214,18 @@ def _fake_attention(q, k, v, cu_q, cu_k, max_q, max_k, key_bias, q_index, kv_ind
     )
 
 
-def _fake_attention_backward(grad_out, q, k, v, out, lse, grad_lse, grad_scores, kind, cu_q, cu_k, max_q, max_k, bias, q_index, kv_index, scale):
+def _fake_attention_backward(
+    grad_out, q, k, v, out, lse, grad_lse, grad_scores, kind, cu_q, cu_k, max_q, max_k, bias, q_index, kv_index, scale
+):
     tq, tk = _counts(q, k, q_index, kv_index)
     heads, dim = q.shape[1:]
     grad_k = q.new_empty(tk, heads, dim)
-    return q.new_empty(tq, heads, dim), grad_k, torch.empty_like(grad_k), q.new_empty(heads, tk, dtype=stat_dtype(q.dtype))
+    return (
+        q.new_empty(tq, heads, dim),
+        grad_k,
+        torch.empty_like(grad_k),
+        q.new_empty(heads, tk, dtype=stat_dtype(q.dtype)),
+    )
 
 
 def _fake_scores(q, k, lse, cu_q, cu_k, max_q, max_k, key_bias, q_index, kv_index, scale, kind):
@@ -294,11 +330,34 @@ def _pairs(q, k, cu_q, cu_k, max_k, q_index, kv_index):
     return _counts(q, k, q_index, kv_index)[0] * max_k
 
 
-def _flops_attention(q, k, v, cu_q, cu_k, max_q, max_k, bias, q_index, kv_index, scale, want_cls, *, out_val=None, **kwargs):
+def _flops_attention(
+    q, k, v, cu_q, cu_k, max_q, max_k, bias, q_index, kv_index, scale, want_cls, *, out_val=None, **kwargs
+):
     return 4 * q.shape[1] * q.shape[2] * _pairs(q, k, cu_q, cu_k, max_k, q_index, kv_index)
 
 
-def _flops_attention_backward(grad_out, q, k, v, out, lse, grad_lse, grad_scores, kind, cu_q, cu_k, max_q, max_k, bias, q_index, kv_index, scale, *, out_val=None, **kwargs):
+def _flops_attention_backward(
+    grad_out,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    grad_lse,
+    grad_scores,
+    kind,
+    cu_q,
+    cu_k,
+    max_q,
+    max_k,
+    bias,
+    q_index,
+    kv_index,
+    scale,
+    *,
+    out_val=None,
+    **kwargs,
+):
     products = 5 if grad_out is not None else 3
     return 2 * products * q.shape[1] * q.shape[2] * _pairs(q, k, cu_q, cu_k, max_k, q_index, kv_index)
 

@@ -70,7 +70,13 @@ def bipartite_soft_matching(
     op = "bipartite_soft_matching"
     _check_metric(op, metric)
     check(r >= 0, op, "r", "be >= 0", r)
-    check(num_prefix is None or not (class_token or distill_token), op, "num_prefix", "not be given with class_token or distill_token", num_prefix)
+    check(
+        num_prefix is None or not (class_token or distill_token),
+        op,
+        "num_prefix",
+        "not be given with class_token or distill_token",
+        num_prefix,
+    )
     check(num_prefix is None or num_prefix >= 0, op, "num_prefix", "be >= 0", num_prefix)
     tokens = metric.shape[1]
     protected = int(class_token) + int(distill_token) if num_prefix is None else num_prefix
@@ -95,7 +101,7 @@ def kth_bipartite_soft_matching(metric: Tensor, k: int) -> Matching:
     batch, tokens, _ = metric.shape
     if k <= 1:
         return _identity(metric)
-    check(tokens >= k, op, "k", f"be at most the number of tokens ({tokens})", k)
+    check(tokens >= k, op, "k", "be at most the number of tokens ({})", k, tokens)
     runs = torch.arange(tokens // k * k, device=metric.device, dtype=torch.int32).view(-1, k)
     source, destination = (t.reshape(1, -1).expand(batch, -1).contiguous() for t in (runs[:, :-1], runs[:, -1]))
     nearest = call("nearest_tokens", metric.device, metric.detach(), source, destination)[1]
@@ -116,9 +122,10 @@ def random_bipartite_soft_matching(metric: Tensor, r: int, *, noise: Tensor | No
     batch, tokens, _ = metric.shape
     if r <= 0:
         return _identity(metric)
-    check(r < tokens, op, "r", f"be less than the number of tokens ({tokens})", r)
+    check(r < tokens, op, "r", "be less than the number of tokens ({})", r, tokens)
     noise = torch.rand(batch, tokens, device=metric.device) if noise is None else noise
-    check(tuple(noise.shape) == (batch, tokens), op, "noise", f"have shape {[batch, tokens]}", tuple(noise.shape))
+    check(noise.device == metric.device, op, "noise", "be on {}", noise.device, metric.device)
+    check(tuple(noise.shape) == (batch, tokens), op, "noise", "have shape {}", tuple(noise.shape), [batch, tokens])
     order = noise.argsort(dim=1, stable=True).to(torch.int32)
     source, destination = order[:, :r].contiguous(), order[:, r:].contiguous()
     nearest = call("nearest_tokens", metric.device, metric.detach(), source, destination)[1]
@@ -126,7 +133,9 @@ def random_bipartite_soft_matching(metric: Tensor, r: int, *, noise: Tensor | No
     return Matching(source[:, :0], source, nearest, parent, tokens - r)
 
 
-def merge_tokens(x: Tensor, matching: Matching, *, size: Tensor | None = None, mode: str = "mean") -> tuple[Tensor, Tensor]:
+def merge_tokens(
+    x: Tensor, matching: Matching, *, size: Tensor | None = None, mode: str = "mean"
+) -> tuple[Tensor, Tensor]:
     """Reduce every group of the matching to one token.
 
     Args:
@@ -141,15 +150,25 @@ def merge_tokens(x: Tensor, matching: Matching, *, size: Tensor | None = None, m
     op = "merge_tokens"
     check_floating(op, x=x)
     check(x.dim() == 3, op, "x", "have shape [B, T, C]", tuple(x.shape))
-    check(mode in _MODES, op, "mode", f"be one of {list(_MODES)}", repr(mode))
+    check(mode in _MODES, op, "mode", "be one of {}", repr(mode), list(_MODES))
     stat = stat_dtype(x.dtype)
     if size is not None:
-        check(tuple(size.shape) == tuple(x.shape[:2]), op, "size", f"have shape {list(x.shape[:2])}", tuple(size.shape))
-        check(size.device == x.device, op, "size", f"be on {x.device}", size.device)
+        check(
+            tuple(size.shape) == tuple(x.shape[:2]), op, "size", "have shape {}", tuple(size.shape), list(x.shape[:2])
+        )
+        check(size.device == x.device, op, "size", "be on {}", size.device, x.device)
         size = size.to(stat)
     if matching.parent is None:
         return x, torch.ones(x.shape[:2], dtype=stat, device=x.device) if size is None else size
-    check(tuple(matching.parent.shape) == tuple(x.shape[:2]), op, "matching", f"be of {list(x.shape[:2])} tokens", tuple(matching.parent.shape))
+    check(
+        tuple(matching.parent.shape) == tuple(x.shape[:2]),
+        op,
+        "matching",
+        "be of {} tokens",
+        tuple(matching.parent.shape),
+        list(x.shape[:2]),
+    )
+    check(matching.parent.device == x.device, op, "matching", "be on {}", matching.parent.device, x.device)
     if mode == "weighted" and size is None:
         mode = "mean"  # the same thing when every token counts once
     return call(op, x.device, x, matching.parent, matching.num_tokens_out, size, _MODES[mode])
@@ -160,7 +179,14 @@ def unmerge_tokens(y: Tensor, matching: Matching) -> Tensor:
     check(y.dim() == 3, "unmerge_tokens", "y", "have shape [B, T', C]", tuple(y.shape))
     if matching.parent is None:
         return y
-    check(y.shape[1] == matching.num_tokens_out, "unmerge_tokens", "y", f"have {matching.num_tokens_out} tokens", tuple(y.shape))
+    check(
+        y.shape[1] == matching.num_tokens_out,
+        "unmerge_tokens",
+        "y",
+        "have {} tokens",
+        tuple(y.shape),
+        matching.num_tokens_out,
+    )
     batch, tokens = matching.parent.shape
     return gather_tokens(y, _flat(matching.parent, y.shape[1])).view(batch, tokens, y.shape[2])
 
@@ -215,7 +241,9 @@ def _fake_matching(metric, r, class_token, distill_token, num_prefix):
 
 
 def _fake_nearest(metric, a_index, b_index):
-    return metric.new_empty(a_index.shape, dtype=stat_dtype(metric.dtype)), metric.new_empty(a_index.shape, dtype=torch.int32)
+    return metric.new_empty(a_index.shape, dtype=stat_dtype(metric.dtype)), metric.new_empty(
+        a_index.shape, dtype=torch.int32
+    )
 
 
 def _fake_merge(x, parent, out_len, size, mode):
@@ -237,7 +265,9 @@ def _setup_merge(ctx, inputs, output):
 
 def _backward_merge(ctx, grad, grad_size_out):
     x, parent, size, y, size_out = ctx.saved_tensors
-    grad_x, grad_size = torch.ops.tokenprune.merge_tokens_backward(grad, x, y, parent, size, size_out, grad_size_out, ctx.mode)
+    grad_x, grad_size = torch.ops.tokenprune.merge_tokens_backward(
+        grad, x, y, parent, size, size_out, grad_size_out, ctx.mode
+    )
     return grad_x, None, None, None if size is None else grad_size, None
 
 
@@ -332,7 +362,9 @@ register(
     "nearest_tokens",
     fake=_fake_nearest,
     reference=_reference_nearest,
-    flops=lambda metric, a, b, *, out_val=None, **kwargs: _flops_nearest(a.shape[1], b.shape[1], metric.shape[2], metric.shape[0]),
+    flops=lambda metric, a, b, *, out_val=None, **kwargs: _flops_nearest(
+        a.shape[1], b.shape[1], metric.shape[2], metric.shape[0]
+    ),
 )
 register(
     "merge_tokens",

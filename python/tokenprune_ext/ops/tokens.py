@@ -63,7 +63,14 @@ def select_tokens(mask: Tensor, *, capacity: int | None = None) -> TokenIndex:
         tensor([0, 2], dtype=torch.int32)
     """
     op = "select_tokens"
-    check(isinstance(mask, Tensor) and mask.dtype == torch.bool, op, "mask", "be a bool tensor", getattr(mask, "dtype", type(mask)), TypeError)
+    check(
+        isinstance(mask, Tensor) and mask.dtype == torch.bool,
+        op,
+        "mask",
+        "be a bool tensor",
+        getattr(mask, "dtype", type(mask)),
+        error=TypeError,
+    )
     check(mask.dim() == 2, op, "mask", "have shape [B, N]", tuple(mask.shape))
     if capacity is None:
         indices, cu_seqlens = call("select_tokens", mask.device, mask)
@@ -110,8 +117,15 @@ def gather_layer_norm(
     rows = _rows(op, "x", x)
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None:
-            check(tuple(parameter.shape) == (x.shape[-1],), op, name, f"have shape [{x.shape[-1]}]", tuple(parameter.shape))
-            check(parameter.device == x.device, op, name, f"be on {x.device}", parameter.device)
+            check(
+                tuple(parameter.shape) == (x.shape[-1],),
+                op,
+                name,
+                "have shape [{}]",
+                tuple(parameter.shape),
+                x.shape[-1],
+            )
+            check(parameter.device == x.device, op, name, "be on {}", parameter.device, x.device)
     weight = None if weight is None else weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     return call(op, x.device, rows, _indices(op, index, x), weight, bias, eps)[0]
@@ -146,7 +160,9 @@ def scatter_tokens_(
     """
     op = "scatter_tokens_"
     if torch.is_grad_enabled() and (features.requires_grad or tokens.requires_grad):
-        raise RuntimeError(f"tokenprune::{op}: features and tokens must not require grad (use scatter_tokens), got requires_grad=True")
+        raise RuntimeError(
+            f"tokenprune::{op}: features and tokens must not require grad (use scatter_tokens), got requires_grad=True"
+        )
     check(features.is_contiguous(), op, "features", "be contiguous", features.stride())
     rows, tokens, indices, scale = _scatter_arguments(op, features, tokens, index, scale)
     call(op, features.device, rows, tokens, indices, scale, add)
@@ -170,13 +186,42 @@ def _indices(op, index, like):
 def _scatter_arguments(op, features, tokens, index, scale):
     rows = _rows(op, "features", features)
     indices = _indices(op, index, features)
-    check(isinstance(tokens, Tensor) and tokens.is_floating_point(), op, "tokens", "be a floating tensor", getattr(tokens, "dtype", type(tokens)), TypeError)
+    check(
+        isinstance(tokens, Tensor) and tokens.is_floating_point(),
+        op,
+        "tokens",
+        "be a floating tensor",
+        getattr(tokens, "dtype", type(tokens)),
+        error=TypeError,
+    )
     tokens = tokens.to(features.dtype)  # autocast leaves half-precision branches beside a float32 residual stream
     check_floating(op, features=features, tokens=tokens)
-    check(tokens.dim() == 2 and tokens.shape[1] == rows.shape[1], op, "tokens", f"have shape [T, {rows.shape[1]}]", tuple(tokens.shape))
-    check(tokens.shape[0] == indices.shape[0], op, "tokens", f"have one row per index ({indices.shape[0]})", tuple(tokens.shape))
+    check(
+        tokens.dim() == 2 and tokens.shape[1] == rows.shape[1],
+        op,
+        "tokens",
+        "have shape [T, {}]",
+        tuple(tokens.shape),
+        rows.shape[1],
+    )
+    check(
+        tokens.shape[0] == indices.shape[0],
+        op,
+        "tokens",
+        "have one row per index ({})",
+        tuple(tokens.shape),
+        indices.shape[0],
+    )
     if scale is not None:
-        check(tuple(scale.shape) == (tokens.shape[0],), op, "scale", f"have shape [{tokens.shape[0]}]", tuple(scale.shape))
+        check(
+            tuple(scale.shape) == (tokens.shape[0],),
+            op,
+            "scale",
+            "have shape [{}]",
+            tuple(scale.shape),
+            tokens.shape[0],
+        )
+        check(scale.device == features.device, op, "scale", "be on {}", scale.device, features.device)
         scale = scale.to(stat_dtype(features.dtype))
     return rows, tokens, indices, scale
 

@@ -2,6 +2,9 @@
 """The protocol of token-reduction methods, and their registry."""
 
 import inspect
+from collections.abc import Iterable
+from importlib import import_module
+from pkgutil import iter_modules
 
 from torch import Tensor, nn
 
@@ -63,11 +66,23 @@ def register(name: str):
 
     def decorate(cls):
         if _registry.get(name, cls).__qualname__ != cls.__qualname__:
-            raise ValueError(f"reducers.register: name must be new, got {name!r} (taken by {_registry[name].__qualname__})")
+            raise ValueError(
+                f"reducers.register: name must be new, got {name!r} (taken by {_registry[name].__qualname__})"
+            )
         _registry[name] = cls
         return cls
 
     return decorate
+
+
+def discover(package: str, path: Iterable[str]) -> dict[str, object]:
+    """Import every method file of a package; returns their public names."""
+    public = {}
+    for info in iter_modules(path):
+        if not info.name.startswith("_"):
+            method = import_module(f"{package}.{info.name}")
+            public.update({name: getattr(method, name) for name in getattr(method, "__all__", ())})
+    return public
 
 
 def names() -> list[str]:
@@ -99,7 +114,9 @@ def create(method: str | Reducer | type, facts: dict | None = None, **options) -
     """
     if isinstance(method, Reducer):
         if options:
-            raise ValueError(f"reducers.create: a finished reducer must come without options, got {sorted(options)}")
+            raise ValueError(
+                f"reducers.create: a finished reducer must come without options, got {sorted(options)}"
+            )
         return method
     cls = get(method) if isinstance(method, str) else method
     accepted = inspect.signature(cls).parameters

@@ -59,7 +59,9 @@ class EViT(Reducer):
         if score_mode not in ("cls", "mean"):
             raise ValueError(f"EViT: score_mode must be 'cls' or 'mean', got {score_mode!r}")
         if score_mode == "cls" and not class_token:
-            raise ValueError("EViT: score_mode 'cls' needs a class token, and the model has none: use score_mode='mean'")
+            raise ValueError(
+                "EViT: score_mode 'cls' needs a class token, and the model has none: use score_mode='mean'"
+            )
         self.keep, self.fuse_token, self.score_mode = list(keep), fuse_token, score_mode
         self.num_prefix, self.fast_idle = num_prefix, fast_idle
 
@@ -154,7 +156,9 @@ class EViT(Reducer):
         moved = moved.scatter(0, torch.where(source < 0, rows, source).long(), place)[:rows]
         if self.fuse_token:
             last = slots.cu_seqlens[1:] - 1
-            chosen = self._fuse_ragged(x, torch.where(moved < 0, score, 0), chosen, cu_seqlens, torch.where(fused, last, -1))
+            chosen = self._fuse_ragged(
+                x, torch.where(moved < 0, score, 0), chosen, cu_seqlens, torch.where(fused, last, -1)
+            )
             owner = sequence_of_row(cu_seqlens, rows)
             moved = torch.where((moved < 0) & fused[owner], (slots.cu_seqlens.diff() - 1)[owner], moved)
         state = state.reparent(pad_rows(moved, cu_seqlens, state.max_seqlen, -1))
@@ -163,7 +167,9 @@ class EViT(Reducer):
         for name, made in _FIELDS:
             values = getattr(state, name)
             if values is not None:
-                fields[name] = torch.where(source < 0, made, values[source.clamp(min=0).long()]).to(values.dtype)
+                fields[name] = torch.where(source < 0, made, values[source.clamp(min=0).long()]).to(
+                    values.dtype
+                )
         return chosen, state.replace(cu_seqlens=slots.cu_seqlens, max_seqlen=longest, **fields)
 
     def _fuse_ragged(self, x, weights, chosen, cu_seqlens, target):
@@ -207,4 +213,6 @@ def _undo(y, kept, features):
     place = torch.arange(left, device=y.device).expand_as(kept)
     source = nearest.scatter(1, kept, place)  # a kept patch is its own source, whatever the distances say
     flat = y[:, :left].flatten(2) if y.dim() > 2 else y[:, :left, None]
-    return flat.gather(1, source[..., None].expand(-1, -1, flat.shape[-1])).view(y.shape[0], patches, *y.shape[2:])
+    return flat.gather(1, source[..., None].expand(-1, -1, flat.shape[-1])).view(
+        y.shape[0], patches, *y.shape[2:]
+    )

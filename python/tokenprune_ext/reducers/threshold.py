@@ -66,6 +66,8 @@ class ScoreSelect(Reducer):
         candidate_prefix: selective layers whose prefix tokens can be skipped too; elsewhere they always pass.
         capacity: share of all tokens to reserve room for (fixed shapes, no host synchronisation); default: exact.
         generator: random generator of the sampling noise.
+        ratio_per_sample: ratio loss per image instead of per batch.
+        num_prefix: leading tokens that are no patches, for ``plan``. The state's number wins while running.
         class_token: whether the first token is a class token, which ``"cls"`` needs.
         fast_idle: other layers run the model's own block.
         dense: compute masked instead of gathered; default: while training, and whenever the decision needs a gradient.
@@ -88,6 +90,7 @@ class ScoreSelect(Reducer):
         capacity: float | None = None,
         generator: torch.Generator | None = None,
         ratio_per_sample: bool = False,
+        num_prefix: int = 1,
         class_token: bool = True,
         fast_idle: bool = True,
         dense: bool | None = None,
@@ -102,10 +105,12 @@ class ScoreSelect(Reducer):
         self.keep = dict(zip(layers, _targets(keep, len(layers)), strict=True))
         self.candidate_prefix, self.capacity = tuple(candidate_prefix), capacity
         self.generator, self.ratio_per_sample = generator, ratio_per_sample
-        self.fast_idle, self.dense = fast_idle, dense
+        self.num_prefix, self.fast_idle, self.dense = num_prefix, fast_idle, dense
         self.scorer = selector if isinstance(selector, str) else None
         if self.scorer not in (None, "mlp", "norm", "cls"):
-            raise ValueError(f"ScoreSelect: selector must be 'mlp', 'norm', 'cls' or callable, got {selector!r}")
+            raise ValueError(
+                f"ScoreSelect: selector must be 'mlp', 'norm', 'cls' or callable, got {selector!r}"
+            )
         if self.scorer == "cls" and not class_token:
             raise ValueError("ScoreSelect: selector 'cls' needs a class token, and the model has none")
         self.selectors = _selectors(selector, layers, embed_dim)
@@ -155,12 +160,12 @@ class ScoreSelect(Reducer):
         return {"ratio": torch.stack(terms).mean()}
 
     def plan(self, depth: int, n: int) -> list[tuple[int, int]] | None:
-        """Token counts of mode ``"topk"``, with one prefix token."""
+        """Token counts of mode ``"topk"``; the other modes depend on the data."""
         if self.mode != "topk":
             return None
         counts = []
         for layer in range(depth):
-            front = 0 if layer in self.candidate_prefix else 1
+            front = 0 if layer in self.candidate_prefix else self.num_prefix
             kept = front + math.ceil(self.keep[layer] * (n - front)) if layer in self.keep else n
             counts.append((kept, kept))
         return counts
@@ -202,7 +207,9 @@ class ScoreSelect(Reducer):
         wanted = (count.double() * self.keep[layer]).ceil()
         if self.mode == "expected":
             wanted = torch.where(real, soft.detach(), 0).sum(1).round()
-        rank = torch.where(real & ~soft.isnan(), soft.detach(), -math.inf).argsort(dim=1, descending=True, stable=True)
+        rank = torch.where(real & ~soft.isnan(), soft.detach(), -math.inf).argsort(
+            dim=1, descending=True, stable=True
+        )
         chosen = torch.arange(soft.shape[1], device=soft.device) < wanted[:, None]
         return soft, torch.zeros_like(real).scatter(1, rank, chosen)
 
@@ -210,11 +217,13 @@ class ScoreSelect(Reducer):
         """Scores ``[..., ]`` or log-probabilities ``[..., 2]`` of all tokens, prefix included."""
         if self.scorer in (None, "mlp"):
             return self.selectors[self.layers.index(layer)](x)
+        x = x.detach()  # a rule without parameters learns nothing: its choice carries no gradient
         if self.scorer == "norm":
             scores = x.to(stat_dtype(x.dtype)).norm(dim=-1)
         else:
-            first = x[:, :1] if not state.packed else x[state.cu_seqlens[:-1].long()][sequence_of_row(state.cu_seqlens, x.shape[0])]
-            scores = F.cosine_similarity(x.to(stat_dtype(x.dtype)), first.to(stat_dtype(x.dtype)), dim=-1)
+            scores = F.cosine_similarity(
+                *(t.to(stat_dtype(x.dtype)) for t in (x, _first_rows(x, state))), dim=-1
+            )
         return _unit_range(scores, state, self._front(state, layer))
 
     def _blend(self, x, state, decision, run):
@@ -236,7 +245,9 @@ class ScoreSelect(Reducer):
             values = getattr(state, name)
             if values is not None:
                 fields[name] = values.reshape(-1)[rows.clamp(min=0).long()]
-        inner = state.with_carry(rows=rows).replace(cu_seqlens=index.cu_seqlens, max_seqlen=index.max_seqlen, **fields)
+        inner = state.with_carry(rows=rows).replace(
+            cu_seqlens=index.cu_seqlens, max_seqlen=index.max_seqlen, **fields
+        )
         y, _ = run(x, inner)
         return scatter_tokens(x, y, rows)
 
@@ -274,10 +285,18 @@ def _selectors(selector, layers, embed_dim):
         if embed_dim is None:
             raise ValueError("ScoreSelect: embed_dim must be given for selector 'mlp', got None")
         return nn.ModuleList(MlpSelector(embed_dim) for _ in layers)
-    per_layer = list(selector) if isinstance(selector, (list, tuple, nn.ModuleList)) else [selector] * len(layers)
+    several = isinstance(selector, (list, tuple, nn.ModuleList))
+    per_layer = list(selector) if several else [selector] * len(layers)
     if len(per_layer) != len(layers):
         raise ValueError(f"ScoreSelect: selector must be one callable or {len(layers)}, got {len(per_layer)}")
     return nn.ModuleList(per_layer) if all(isinstance(one, nn.Module) for one in per_layer) else per_layer
+
+
+def _first_rows(x, state):
+    """The first token of each token's image; broadcasts with ``x``."""
+    if not state.packed:
+        return x[:, :1]
+    return x[state.cu_seqlens[:-1].long()[sequence_of_row(state.cu_seqlens, x.shape[0])]]
 
 
 def _any_of_image(chosen, state):

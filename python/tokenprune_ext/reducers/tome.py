@@ -43,8 +43,9 @@ class ToMe(Reducer):
         r: merges per layer, see :func:`parse_r`; at most half of the unprotected tokens merge in one layer.
         depth: layers of the model.
         prop_attn: proportional attention. On for models used off the shelf, off for training and for MAE models.
-        class_token, distill_token: whether tokens 0 and 1 are protected. Further prefix tokens (registers) are
-            protected as well.
+        class_token, distill_token: whether tokens 0 and 1 are protected.
+        num_prefix: leading tokens that are no patches; when there are more of them than the two above (registers), all
+            of them are protected. The state's number wins while running.
         trace_source: keep ``carry["parent"]`` (the row of every original token), which ``restore`` needs.
         fast_idle: layers without merges run the model's own block where that is the same.
     """
@@ -57,6 +58,7 @@ class ToMe(Reducer):
         prop_attn: bool = True,
         class_token: bool = True,
         distill_token: bool = False,
+        num_prefix: int = 0,
         trace_source: bool = False,
         fast_idle: bool = True,
     ):
@@ -65,7 +67,7 @@ class ToMe(Reducer):
         if any(merges < 0 for merges in self.r):
             raise ValueError(f"ToMe: r must give no negative number of merges, got {self.r}")
         self.prop_attn, self.trace_source, self.fast_idle = prop_attn, trace_source, fast_idle
-        self.class_token, self.distill_token = class_token, distill_token
+        self.class_token, self.distill_token, self.num_prefix = class_token, distill_token, num_prefix
 
     def begin(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
         """Start the trace, when it is wanted."""
@@ -93,7 +95,7 @@ class ToMe(Reducer):
     def restore(self, y: Tensor, state: TokenState) -> Tensor:
         """Every patch takes the value of the token it was merged into: ``[B, n, ...] -> [B, N0, ...]``."""
         if "parent" not in state.carry:
-            raise ValueError("ToMe.restore: trace_source must be True, got False (the sources were not tracked)")
+            raise ValueError("ToMe.restore: trace_source must be True, got a state without sources")
         prefix = state.num_prefix
         parent = state.carry["parent"][:, prefix:] - prefix
         batch, tokens = parent.shape
@@ -108,7 +110,7 @@ class ToMe(Reducer):
     def plan(self, depth: int, n: int) -> list[tuple[int, int]]:
         """Token counts, clamped as in the matching."""
         counts = []
-        protected = int(self.class_token) + int(self.distill_token)
+        protected = max(self.num_prefix, int(self.class_token) + int(self.distill_token))
         for layer in range(depth):
             left = n - max(min(self.r[layer], (n - protected) // 2), 0)
             counts.append((n, left))
@@ -127,11 +129,12 @@ class ToMe(Reducer):
         if matching.parent is not None:
             state = state.reparent(matching.parent)
             index = _first_source(matching.parent, index, matching.num_tokens_out)
-        return x, state.replace(index=index, size=size, key_bias=size.log() if self.prop_attn else state.key_bias)
+        bias = size.log() if self.prop_attn else state.key_bias
+        return x, state.replace(index=index, size=size, key_bias=bias)
 
     def _merge_ragged(self, x, metric, state, r):
-        cu_seqlens, rows = state.cu_seqlens, x.shape[0]
-        batch, protected = cu_seqlens.shape[0] - 1, max(state.num_prefix, int(self.class_token) + int(self.distill_token))
+        cu_seqlens, rows, batch = state.cu_seqlens, x.shape[0], state.cu_seqlens.shape[0] - 1
+        protected = max(state.num_prefix, int(self.class_token) + int(self.distill_token))
         if not torch.compiler.is_compiling() and cu_seqlens.device.type == "cpu":
             shortest = int(cu_seqlens.diff().min())
             if (shortest - protected) // 2 < r:
@@ -139,7 +142,7 @@ class ToMe(Reducer):
                     f"ToMe: r must be at most half of the unprotected tokens of every packed sequence "
                     f"({(shortest - protected) // 2}), got {r}"
                 )
-        # Zero metrics behind the end of a sequence have NaN similarities: they rank last and nothing merges into them.
+        # Zero metrics behind the end of a sequence have NaN similarities: they rank last, nothing merges into them.
         padded = pad_rows(metric.detach(), cu_seqlens, state.max_seqlen, 0.0)
         matching = bipartite_soft_matching(padded, r, **self._flags(state))
         parent = _close_gaps(matching.parent, cu_seqlens, state.max_seqlen - r)
@@ -172,7 +175,6 @@ def _first_source(parent, index, out_len):
     """Original patch of each merged token: the first of its sources (prefix tokens keep -1)."""
     if index is None:
         return None
-    count = parent.shape[1]
-    sources = torch.arange(count, dtype=torch.int32, device=parent.device).expand(parent.shape)
-    first = sources.new_full((parent.shape[0], out_len), count).scatter_reduce(1, parent.long(), sources, "amin")
-    return index.gather(1, first.long().clamp(max=count - 1))
+    nothing = torch.iinfo(index.dtype).max
+    first = index.new_full((index.shape[0], out_len), nothing)
+    return first.scatter_reduce(1, parent.long(), index, "amin")

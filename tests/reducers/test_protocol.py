@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every method promises: identity, padded = packed, traces, plans, purity, gradients, one compilation."""
+
+import pytest
+import torch
+from torch import nn
+
+from tokenprune_ext import _library, reducers
+from tokenprune_ext.nn import TokenState, run_block
+from tokenprune_ext.reducers import Reducer
+
+from .common import DEPTH, WIDTH, dense, tiny_blocks, tokens, walk
+
+FACTS = {"depth": DEPTH, "embed_dim": WIDTH, "num_prefix": 1, "class_token": True, "distill_token": False}
+
+# Options with which a method does nothing: the model's own blocks run, or its own code runs and changes nothing.
+INACTIVE = {"tome": {"r": 0}, "evit": {"keep": 1.0}, "threshold": {"layers": []}}
+ACTIVE_IDENTITY = {
+    "tome": [{"r": 0, "fast_idle": False}],
+    "evit": [{"keep": 1.0, "fast_idle": False, "score_mode": mode} for mode in ("cls", "mean")],
+    "threshold": [{"mode": "topk", "keep": 1.0, "layers": [0, 1, 2, 3], "dense": masked} for masked in (False, True)],
+}
+ACTIVE = {
+    "tome": [{"r": 3}, {"r": [0, 4, 0, 2], "prop_attn": False}, {"r": (3, -1.0), "trace_source": True}],
+    "evit": [{"keep": 0.6}, {"keep": [0.5, 1.0, 0.9, 0.4], "fuse_token": False, "score_mode": "mean"}],
+    "threshold": [
+        {"mode": "sample"},
+        {"mode": "threshold", "selector": "cls"},
+        {"mode": "topk", "keep": 0.4},
+        {"mode": "expected", "selector": "norm", "dense": True},
+    ],
+}
+CASES = [pytest.param(name, options, id=f"{name}-{n}") for name, all_ in ACTIVE.items() for n, options in enumerate(all_)]
+
+
+def make(name, options):
+    torch.manual_seed(3)
+    return reducers.create(name, FACTS, **options).double().eval()
+
+
+def given_noise(reducer, x):
+    """The state in which a method starts, its random draws made."""
+    return reducer.begin(x, TokenState(grid=(4, 4), num_prefix=1).with_trace(x))[1]
+
+
+def test_every_method_is_covered():
+    assert set(reducers.names()) >= set(ACTIVE) == set(INACTIVE) == set(ACTIVE_IDENTITY)
+
+
+@pytest.mark.parametrize("name", INACTIVE)
+def test_inactive_runs_the_original_blocks(name):
+    blocks, x = tiny_blocks(), tokens()
+    y, _ = walk(blocks, x, make(name, INACTIVE[name]))
+    assert torch.equal(y, dense(blocks, x))
+
+
+@pytest.mark.parametrize("name", ACTIVE_IDENTITY)
+def test_active_code_with_nothing_to_do_is_the_identity(name):
+    blocks, x = tiny_blocks(), tokens()
+    for options in ACTIVE_IDENTITY[name]:
+        y, _ = walk(blocks, x, make(name, options))
+        torch.testing.assert_close(y, dense(blocks, x), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_padded_and_packed_are_equal(name, options):
+    blocks, x = tiny_blocks(), tokens()
+    reducer = make(name, options)
+    state = given_noise(reducer, x)
+    with torch.no_grad():
+        y, padded = walk(blocks, x, reducer, state)
+        rows, inner = state.as_packed(x)
+        z, packed = walk(blocks, rows, reducer, inner)
+    torch.testing.assert_close(z.view(y.shape), y, atol=1e-12, rtol=1e-12)
+    assert torch.equal(padded.carry["parent"], packed.carry["parent"])
+    assert torch.equal(padded.index.flatten(), packed.index)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_nothing_is_stored_or_changed(name, options):
+    blocks, x = tiny_blocks(), tokens()
+    reducer = make(name, options)
+    before = x.clone()
+    modules = list(reducer.modules()) + list(blocks.modules())
+    attributes = [dict(vars(module)) for module in modules]
+    values = {key: value.clone() for key, value in {**reducer.state_dict(), **blocks.state_dict()}.items()}
+    state = given_noise(reducer, x)
+    carry = dict(state.carry)
+    with torch.no_grad():
+        walk(blocks, x, reducer, state)
+    assert torch.equal(x, before) and state.carry == carry
+    assert [dict(vars(module)) for module in modules] == attributes
+    for key, value in {**reducer.state_dict(), **blocks.state_dict()}.items():
+        assert torch.equal(value, values[key])
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_plan_equals_what_runs(name, options):
+    blocks, x = tiny_blocks(), tokens()
+    reducer, record = make(name, options), []
+    with torch.no_grad():
+        walk(blocks, x, reducer, given_noise(reducer, x), record)
+    plan = reducer.plan(DEPTH, x.shape[1])
+    if plan is not None:
+        # The masked form of a selection runs all tokens; its plan is that of the gathered form.
+        assert [(int(step.attention[0]), int(step.mlp[0])) for step in record] == plan
+    assert [step.layer for step in record] == list(range(DEPTH))
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_gradients(name, options):
+    """The input's gradient against finite differences in a random direction; every parameter gets one."""
+    blocks, x = tiny_blocks(), tokens().requires_grad_()
+    reducer = make(name, options)
+    state = given_noise(reducer, x.detach())
+
+    def loss(tokens_):
+        y, _ = walk(blocks, tokens_, reducer, state)
+        return (y.sin() * torch.linspace(0.5, 1.5, y.shape[-1], dtype=y.dtype)).mean(-1).sum()
+
+    loss(x).backward()
+    assert all(parameter.grad is not None for parameter in blocks.parameters())
+    if any(parameter.requires_grad for parameter in reducer.parameters()):
+        return  # the straight-through gradient is not a derivative
+    direction = torch.randn_like(x)
+    with torch.no_grad():
+        step = 1e-6
+        slope = (loss(x + step * direction) - loss(x - step * direction)) / (2 * step)
+    torch.testing.assert_close((x.grad * direction).sum(), slope, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_autocast_and_half(name, options):
+    blocks, x = tiny_blocks(dtype=torch.float32), tokens(dtype=torch.float32)
+    reducer = make(name, options).float()
+    state = given_noise(reducer, x)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y, _ = walk(blocks, x, reducer, state)
+    assert y.dtype == torch.float32 and torch.isfinite(y).all()
+    half = make(name, options).bfloat16()
+    with torch.no_grad():
+        z, _ = walk(tiny_blocks(dtype=torch.bfloat16), x.bfloat16(), half)
+    assert z.dtype == torch.bfloat16 and torch.isfinite(z).all()
+
+
+@pytest.mark.skipif(not _library.cpu_loaded(), reason="the references read lengths on the host; the compiled ops do not")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_one_compilation_for_ten_token_counts(name, options, packed, backend, request):
+    if (packed or backend == "eager") and not request.config.getoption("--extended", default=False):
+        pytest.skip("needs --extended")
+    blocks, reducer = tiny_blocks(2), make(name, options)
+    torch._dynamo.reset()
+
+    def run(x):
+        state = TokenState(num_prefix=1)
+        x, state = state.as_packed(x) if packed else (x, state)
+        x, state = reducer.begin(x, state)
+        for layer, block in enumerate(blocks):
+            x, state = run_block(block.parts(), x, state, layer + 1, reducer)
+        return x, state
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=backend)
+    config = {"capture_dynamic_output_shape_ops": True, "error_on_recompile": True}
+    with torch.no_grad(), torch._dynamo.config.patch(**config):
+        for tokens_ in range(30, 40):
+            x = tokens(2, tokens_, seed=tokens_)
+            torch.manual_seed(tokens_)
+            expected, _ = run(x)
+            torch.manual_seed(tokens_)
+            y, state = compiled(x)
+            torch.testing.assert_close(y, expected)
+            assert isinstance(state, TokenState)
+
+
+def test_defaults_are_the_plain_block():
+    blocks, x = tiny_blocks(), tokens()
+    reducer = Reducer()
+    y, state = walk(blocks, x, reducer)
+    torch.testing.assert_close(y, dense(blocks, x))
+    assert reducer.restore(y, state) is y and reducer.losses(state) == {} and reducer.plan(4, 17) is None
+
+
+def test_a_new_method_is_one_new_file(tmp_path, monkeypatch):
+    """A file in the package folder is a method; nothing else is edited."""
+    (tmp_path / "dummy_method.py").write_text(
+        "from tokenprune_ext.reducers._base import Reducer, register\n\n\n"
+        "@register('dummy_method')\nclass Dummy(Reducer):\n    '''Does nothing.'''\n"
+    )
+    known = dict(reducers._base._registry)
+    try:
+        monkeypatch.setattr(reducers, "__path__", [*reducers.__path__, str(tmp_path)])
+        reducers.discover(reducers.__name__, reducers.__path__)
+        assert "dummy_method" in reducers.names()
+        y, _ = walk(tiny_blocks(), tokens(), reducers.create("dummy_method", FACTS))
+        torch.testing.assert_close(y, dense(tiny_blocks(), tokens()))
+    finally:
+        reducers._base._registry.clear()
+        reducers._base._registry.update(known)
+
+
+def test_registry_errors():
+    with pytest.raises(ValueError, match="method must be one of"):
+        reducers.get("tom")
+    with pytest.raises(ValueError, match="options must be among"):
+        reducers.create("tome", FACTS, rate=3)
+    with pytest.raises(ValueError, match="without options"):
+        reducers.create(Reducer(), r=3)
+    with pytest.raises(ValueError, match="name must be new"):
+        reducers.register("tome")(type("Other", (Reducer,), {}))
+    assert isinstance(reducers.create(reducers.get("tome"), FACTS), nn.Module)
