@@ -57,6 +57,7 @@ gpu-check:
 # CUDA kernels on the host model and CPU kernels, under AddressSanitizer, UBSan and ThreadSanitizer.
 sanitize: $(VENV)/.deps
 	bash tools/sanitize.sh
+	bash tools/sanitize_cpu.sh
 
 clean:
 	rm -rf build dist out python/tokenprune_ext/*.so python/tokenprune_ext/_build_info.json $(VENV)/.built

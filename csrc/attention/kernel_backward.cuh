@@ -8,23 +8,24 @@
 
 namespace tokenprune::attention {
 
-// delta [heads, total_q]: one warp per (row, head).
-template <typename T>
-__global__ void __launch_bounds__(kThreads) attention_delta_kernel(AttentionParams p, void* delta) {
+// delta [heads, total_q]
+template <typename T, int W>
+__global__ void __launch_bounds__(kThreads) attention_delta_kernel(AttentionParams p, void* delta, int log_lanes) {
   using S = Acc<T>;
-  const int64_t item = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
-  if (item >= p.total_q * p.heads) return;
-  const int64_t row = item / p.heads, head = item % p.heads;
+  const LaneGroup group(log_lanes);
+  const int64_t row = group.item / p.heads, head = group.item % p.heads;
+  const bool valid = row < p.total_q;
   S sum = 0;
-  if (p.grad_out.data != nullptr) {
+  if (valid && p.grad_out.data != nullptr) {
     const T* g = static_cast<const T*>(p.grad_out.data) + row * p.grad_out.row_stride + head * p.grad_out.head_stride;
     const T* o = static_cast<const T*>(p.out.data) + row * p.out.row_stride + head * p.out.head_stride;
-    for (int64_t d = threadIdx.x % 32; d < p.dim; d += 32) sum += to_acc(g[d]) * to_acc(o[d]);
+    sum = group.dot<W>(g, o, static_cast<int>(p.dim));
   }
-  sum = warp_sum(sum);
-  const int64_t slot = head * p.total_q + row;
-  if (p.grad_lse != nullptr) sum -= at<S>(p.grad_lse, slot);
-  if (threadIdx.x % 32 == 0) static_cast<S*>(delta)[slot] = sum;
+  sum = group.sum(sum);
+  if (valid && group.lane == 0) {
+    const int64_t slot = head * p.total_q + row;
+    static_cast<S*>(delta)[slot] = p.grad_lse != nullptr ? sum - at<S>(p.grad_lse, slot) : sum;
+  }
 }
 
 // ---- queries own rows ----------------------------------------------------------------------------------------------

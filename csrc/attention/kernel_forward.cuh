@@ -2,7 +2,7 @@
 // Forward of sparse_attention: online softmax in base 2 over streamed key tiles. A block owns Tile::kRows queries.
 #pragma once
 
-#include "kernel_tile.cuh"
+#include "kernel_stream.cuh"
 
 namespace tokenprune::attention {
 

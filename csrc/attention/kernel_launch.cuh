@@ -63,6 +63,11 @@ inline int blocks_of(int64_t rows, int per_block) {
   return blocks < 1 ? 1 : static_cast<int>(blocks);
 }
 
+// Blocks for `rows` groups of 2^log_lanes lanes.
+inline dim3 row_grid(int64_t rows, int log_lanes) {
+  return dim3(static_cast<unsigned>(((rows << log_lanes) + kThreads - 1) / kThreads));
+}
+
 // Blocks for every sequence and for the slots behind the last one.
 inline dim3 sequence_grid(const AttentionParams& p, int blocks) {
   return dim3(static_cast<unsigned>(blocks * (p.batch + 1)), static_cast<unsigned>(p.heads));
@@ -102,9 +107,10 @@ template <typename T, typename Launch>
 void launch_backward(const Launch& launch, const AttentionParams& p, void* delta) {
   if (p.heads == 0) return;
   if (p.total_q > 0) {
-    const int64_t warps = kThreads / 32;
-    launch(&attention_delta_kernel<T>, dim3(static_cast<unsigned>((p.total_q * p.heads + warps - 1) / warps)), kThreads,
-           0, p, delta);
+    const bool packs = packable_rows<T>(p.grad_out, p.dim) && packable_rows<T>(p.out, p.dim);
+    const int log_lanes = log_lanes_for(packs ? p.dim / kPack<T> : p.dim);
+    launch(packs ? &attention_delta_kernel<T, kPack<T>> : &attention_delta_kernel<T, 1>,
+           row_grid(p.total_q * p.heads, log_lanes), kThreads, 0, p, delta, log_lanes);
     visit_tile<T, kGradQuery>(p.dim, [&]<typename Tile>() {
       const int blocks = blocks_of(p.max_q, Tile::kRows);
       launch(&attention_grad_query_kernel<Tile>, sequence_grid(p, blocks), kThreads, GradQueryLayout<Tile>::kBytes, p,
@@ -143,8 +149,11 @@ void launch_policy_backward(const Launch& launch, const PolicyParams& p, const P
   if (w.value_sum != nullptr && p.dim > 0) {
     launch(&policy_value_sum_kernel<T>, dim3(static_cast<unsigned>(p.batch * p.heads)), kThreads, 0, p, w);
   }
-  const int64_t rows = p.batch * p.heads * p.tokens, warps = kThreads / 32;
-  launch(&policy_row_kernel<T>, dim3(static_cast<unsigned>((rows + warps - 1) / warps)), kThreads, 0, p, w);
+  const bool packs = packable_rows<T>(p.grad_out, p.dim) && packable_rows<T>(p.out, p.dim) &&
+                     p.grad_out_batch % kPack<T> == 0 && p.out_batch % kPack<T> == 0;
+  const int log_lanes = log_lanes_for(packs ? p.dim / kPack<T> : p.dim);
+  launch(packs ? &policy_row_kernel<T, kPack<T>> : &policy_row_kernel<T, 1>,
+         row_grid(p.batch * p.heads * p.tokens, log_lanes), kThreads, 0, p, w, log_lanes);
   visit_tile<T, kPolicyBackward>(p.dim, [&]<typename Tile>() {
     const int blocks = blocks_of(p.tokens, Tile::kRows);
     launch(&policy_grad_query_kernel<Tile>, policy_grid(p, blocks), kThreads, PolicyGradQueryLayout<Tile>::kBytes, p, w,

@@ -13,27 +13,29 @@ __device__ __forceinline__ S inverse_sum(const PolicyParams& p, int64_t slot) {
   return sum == 0 ? S(0) : S(1) / sum;
 }
 
-// T and W: one warp per row of [batch, heads, tokens].
-template <typename T>
-__global__ void __launch_bounds__(kThreads) policy_row_kernel(PolicyParams p, PolicyWorkspace w) {
+// T and W of every row of [batch, heads, tokens].
+template <typename T, int V>
+__global__ void __launch_bounds__(kThreads) policy_row_kernel(PolicyParams p, PolicyWorkspace w, int log_lanes) {
   using S = Acc<T>;
-  const int64_t slot = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
-  if (slot >= p.batch * p.heads * p.tokens) return;
-  const int64_t b = slot / p.tokens / p.heads, head = slot / p.tokens % p.heads, row = slot % p.tokens;
-  const T* g = static_cast<const T*>(p.grad_out.data) + b * p.grad_out_batch + row * p.grad_out.row_stride +
-               head * p.grad_out.head_stride;
-  const T* o = static_cast<const T*>(p.out.data) + b * p.out_batch + row * p.out.row_stride + head * p.out.head_stride;
-  const S* value_sum =
-      w.value_sum == nullptr ? nullptr : static_cast<const S*>(w.value_sum) + (b * p.heads + head) * p.dim;
+  const LaneGroup group(log_lanes);
+  const int64_t slot = group.item, b = slot / p.tokens / p.heads, head = slot / p.tokens % p.heads,
+                row = slot % p.tokens;
+  const bool valid = b < p.batch;
   S grad = 0, mean = 0;
-  for (int64_t d = threadIdx.x % 32; d < p.dim; d += 32) {
-    const S g_d = to_acc(g[d]);
-    grad += g_d * to_acc(o[d]);
-    if (value_sum != nullptr) mean += g_d * value_sum[d];
+  if (valid) {
+    const T* g = static_cast<const T*>(p.grad_out.data) + b * p.grad_out_batch + row * p.grad_out.row_stride +
+                 head * p.grad_out.head_stride;
+    const T* o =
+        static_cast<const T*>(p.out.data) + b * p.out_batch + row * p.out.row_stride + head * p.out.head_stride;
+    grad = group.dot<V>(g, o, static_cast<int>(p.dim));
+    if (w.value_sum != nullptr) {
+      const S* value_sum = static_cast<const S*>(w.value_sum) + (b * p.heads + head) * p.dim;
+      mean = group.dot<V>(g, value_sum, static_cast<int>(p.dim)) / static_cast<S>(p.tokens);
+    }
   }
-  grad = warp_sum(grad);
-  mean = warp_sum(mean) / static_cast<S>(p.tokens);
-  if (threadIdx.x % 32 == 0) {
+  grad = group.sum(grad);
+  mean = group.sum(mean);
+  if (valid && group.lane == 0) {
     static_cast<S*>(w.row_grad)[slot] = grad;
     static_cast<S*>(w.top_grad)[slot] = static_cast<S>(p.eps) * (grad - mean) * inverse_sum<S>(p, slot);
   }

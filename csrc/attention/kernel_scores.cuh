@@ -3,7 +3,7 @@
 // its gradient with respect to lse (queries own rows, keys stream).
 #pragma once
 
-#include "kernel_tile.cuh"
+#include "kernel_stream.cuh"
 
 namespace tokenprune::attention {
 

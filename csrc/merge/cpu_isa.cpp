@@ -99,7 +99,7 @@ void match_item(const MatchParams& p, int64_t item, int64_t chunks, char* scratc
     for (int64_t r = 0; r < count; ++r) {
       const T* x = a(begin + r);
       C top = kNegInf<C>;
-      int64_t column = 0;
+      int64_t column = p.protect_b;  // where nothing may be chosen: the first token that may be merged into
       for (int l = 0; l < kLanes<C>; ++l) {
         const bool better = best[r].score[l] > top || (best[r].score[l] == top && top != kNegInf<C> && best[r].column[l] < column);
         if (better) top = best[r].score[l], column = best[r].column[l];
@@ -107,7 +107,7 @@ void match_item(const MatchParams& p, int64_t item, int64_t chunks, char* scratc
       const C score = x == nullptr || top == kNegInf<C> ? kNegInf<C> : top * inverse_norm(x, p.channels);
       const bool nan = score != score;
       scores[begin + r] = nan || begin + r < p.protect_a ? kNegInf<C> : score;
-      nearest[begin + r] = static_cast<int32_t>(nan ? 0 : column);
+      nearest[begin + r] = static_cast<int32_t>(nan ? p.protect_b : column);
     }
   }
 }
@@ -128,6 +128,7 @@ void merge_rows(const MergeParams& p, int64_t begin, int64_t end) {
     C total = 0;
     for (int32_t i = first; i < last; ++i) total += size == nullptr ? C(1) : size[members[i]];
     static_cast<C*>(p.size_out)[o] = total;
+    if (n == 0) continue;
     T* y = static_cast<T*>(p.y) + o * n;
     const T* x = static_cast<const T*>(p.x) + image * p.tokens * n;
     if (last == first) {

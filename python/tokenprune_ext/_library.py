@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 
 _HERE = Path(__file__).parent
-CPU_LIBRARY = _HERE / "libtokenprune_cpu.so"
-CUDA_LIBRARY = _HERE / "libtokenprune_cuda.so"
+# Another build of the libraries, e.g. one with sanitizers.
+_LIBRARIES = Path(os.environ.get("TOKENPRUNE_LIBRARY_DIR") or _HERE)
+CPU_LIBRARY = _LIBRARIES / "libtokenprune_cpu.so"
+CUDA_LIBRARY = _LIBRARIES / "libtokenprune_cuda.so"
 
 
 class LibraryNotLoadedError(RuntimeError):

@@ -64,9 +64,7 @@ def patch(model: nn.Module, method: str | reducers.Reducer = "tome", **options) 
         )
     adapter, _, part = found[0]
     if hasattr(part, _NAME):
-        raise ValueError(
-            f"patch: model must be unpatched first, got one with {type(part.token_reducer).__name__}"
-        )
+        raise ValueError(f"patch: model must be unpatched first, got one with {type(part.token_reducer).__name__}")
     adapter.check(part)
     reducer = reducers.create(method, adapter.facts(part), **options)
     anchor = next(part.parameters())
@@ -92,8 +90,9 @@ def unpatch(model: nn.Module) -> nn.Module:
 @contextmanager
 def patched(model: nn.Module, method: str | reducers.Reducer = "tome", **options):
     """:func:`patch` for the length of a ``with`` block."""
+    patch(model, method, **options)
     try:
-        yield patch(model, method, **options)
+        yield model
     finally:
         unpatch(model)
 

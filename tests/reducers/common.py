@@ -2,9 +2,8 @@
 """A tiny transformer that the reducers' tests own, and plain formulas to compare with."""
 
 import torch
-from torch import nn
-
 from tokenprune_ext.nn import AttentionBranch, BlockParts, MlpBranch, TokenState, run_block
+from torch import nn
 
 WIDTH, HEADS, DEPTH = 24, 3, 4
 
@@ -90,4 +89,16 @@ def nearest_rows(features, kept):
     return ((features[:, None] - features[kept][None]) ** 2).sum(-1).argmin(1)
 
 
-__all__ = ["DEPTH", "HEADS", "WIDTH", "TinyBlock", "dense", "nearest_rows", "pack_ragged", "split", "tiny_blocks", "tokens", "walk"]
+__all__ = [
+    "DEPTH",
+    "HEADS",
+    "WIDTH",
+    "TinyBlock",
+    "dense",
+    "nearest_rows",
+    "pack_ragged",
+    "split",
+    "tiny_blocks",
+    "tokens",
+    "walk",
+]

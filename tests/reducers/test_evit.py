@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-
 from tokenprune_ext import reducers
 from tokenprune_ext.nn import TokenState
 

@@ -3,11 +3,10 @@
 
 import pytest
 import torch
-from torch import nn
-
 from tokenprune_ext import _library, reducers
 from tokenprune_ext.nn import TokenState, run_block
 from tokenprune_ext.reducers import Reducer
+from torch import nn
 
 from .common import DEPTH, WIDTH, dense, tiny_blocks, tokens, walk
 
@@ -30,7 +29,12 @@ ACTIVE = {
         {"mode": "expected", "selector": "norm", "dense": True},
     ],
 }
-CASES = [pytest.param(name, options, id=f"{name}-{n}") for name, all_ in ACTIVE.items() for n, options in enumerate(all_)]
+CASES = [
+    pytest.param(name, options, id=f"{name}-{n}") for name, all_ in ACTIVE.items() for n, options in enumerate(all_)
+]
+
+# Compiling takes seconds; the other cases are compiled with --extended.
+DEFAULT_COMPILES = ("tome-0", "evit-0", "threshold-1", "threshold-2")
 
 
 def make(name, options):
@@ -143,12 +147,15 @@ def test_autocast_and_half(name, options):
     assert z.dtype == torch.bfloat16 and torch.isfinite(z).all()
 
 
-@pytest.mark.skipif(not _library.cpu_loaded(), reason="the references read lengths on the host; the compiled ops do not")
+@pytest.mark.skipif(
+    not _library.cpu_loaded(), reason="the references read lengths on the host; the compiled ops do not"
+)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_one_compilation_for_ten_token_counts(name, options, packed, backend, request):
-    if (packed or backend == "eager") and not request.config.getoption("--extended", default=False):
+    short = not packed and backend == "aot_eager" and request.node.callspec.id.split("-False")[0] in DEFAULT_COMPILES
+    if not short and not request.config.getoption("--extended", default=False):
         pytest.skip("needs --extended")
     blocks, reducer = tiny_blocks(2), make(name, options)
     torch._dynamo.reset()
@@ -172,6 +179,37 @@ def test_one_compilation_for_ten_token_counts(name, options, packed, backend, re
             y, state = compiled(x)
             torch.testing.assert_close(y, expected)
             assert isinstance(state, TokenState)
+
+
+@pytest.mark.extended
+@pytest.mark.skipif(
+    not _library.cpu_loaded(), reason="the references read lengths on the host; the compiled ops do not"
+)
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_compiled_training_step(name, options):
+    blocks, reducer = tiny_blocks(2), make(name, options)
+    torch._dynamo.reset()
+
+    def loss(x, noise):
+        state = TokenState(num_prefix=1, carry=noise)
+        for layer, block in enumerate(blocks):
+            x, state = run_block(block.parts(), x, state, layer + 1, reducer)
+        return x.square().mean()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    config = {"capture_dynamic_output_shape_ops": True, "error_on_recompile": True}
+    with torch._dynamo.config.patch(**config):
+        for count in (30, 33, 36):
+            x = tokens(2, count, seed=count).requires_grad_()
+            _, state = reducer.begin(x, TokenState(num_prefix=1))
+            grads = []
+            for function in (loss, compiled):
+                function(x, dict(state.carry)).backward()
+                grads.append([x.grad, *(p.grad for p in blocks.parameters()), *(p.grad for p in reducer.parameters())])
+                x.grad = None
+                blocks.zero_grad()
+                reducer.zero_grad()
+            torch.testing.assert_close(*grads)
 
 
 def test_defaults_are_the_plain_block():

@@ -3,8 +3,6 @@
 
 import pytest
 import torch
-from torch import nn
-
 from tokenprune_ext.nn import (
     AttentionBranch,
     BlockParts,
@@ -16,6 +14,7 @@ from tokenprune_ext.nn import (
     sequence_of_row,
     unpad_rows,
 )
+from torch import nn
 
 from .common import WIDTH, pack_ragged, tiny_blocks, tokens
 

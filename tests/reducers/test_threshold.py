@@ -3,11 +3,10 @@
 
 import pytest
 import torch
-from torch import nn
-
 from tokenprune_ext import reducers
 from tokenprune_ext.nn import TokenState
 from tokenprune_ext.reducers import MlpSelector
+from torch import nn
 
 from .common import DEPTH, WIDTH, dense, pack_ragged, split, tiny_blocks, tokens, walk
 
@@ -16,7 +15,9 @@ LAYERS = [1, 2, 3]
 
 def make(**options):
     torch.manual_seed(5)
-    reducer = reducers.create("threshold", {"depth": DEPTH, "embed_dim": WIDTH, "num_prefix": 1}, layers=LAYERS, **options)
+    reducer = reducers.create(
+        "threshold", {"depth": DEPTH, "embed_dim": WIDTH, "num_prefix": 1}, layers=LAYERS, **options
+    )
     return reducer.double().eval()
 
 
@@ -77,7 +78,9 @@ def test_ragged_batch_equals_single_images(options):
         for y, after in results:
             for row, (image, part) in enumerate(zip(images, split(y, after))):
                 noise = {
-                    name: value[row : row + 1, : image.shape[1] - int("3" not in name or not options.get("candidate_prefix"))]
+                    name: value[
+                        row : row + 1, : image.shape[1] - int("3" not in name or not options.get("candidate_prefix"))
+                    ]
                     for name, value in state.carry.items()
                 }
                 alone, _ = walk(blocks, image, make(**options), TokenState(num_prefix=1, carry=noise))
@@ -95,6 +98,12 @@ def test_training_gives_the_selector_a_gradient():
     shares = [state.carry[f"decisions.{layer}"][:, 1:].mean() for layer in LAYERS]
     expected = sum((share - target) ** 2 for share, target in zip(shares, (0.7, 0.49, 0.343))) / 3
     torch.testing.assert_close(reducer.losses(state)["ratio"], expected)
+    packed = state.as_packed(y)[1]
+    flat = {f"decisions.{layer}": state.carry[f"decisions.{layer}"].flatten() for layer in LAYERS}
+    torch.testing.assert_close(reducer.losses(packed.with_carry(**flat))["ratio"], expected)
+    reducer.ratio_per_sample = True
+    assert reducer.losses(state)["ratio"] >= expected
+    torch.testing.assert_close(*(reducer.losses(s)["ratio"] for s in (state, packed.with_carry(**flat))))
 
 
 def test_decision_gradient_is_block_minus_input():
@@ -103,7 +112,7 @@ def test_decision_gradient_is_block_minus_input():
     reducer = reducers.create(
         "threshold", depth=1, layers=[0], selector=lambda _: scores, mode="threshold", candidate_prefix=[0], keep=0.5
     )
-    y, state = walk([block], x, reducer)
+    y, _ = walk([block], x, reducer)
     weight = torch.randn_like(y)
     (y * weight).sum().backward()
     chosen = scores.detach() > 0.5
@@ -120,7 +129,13 @@ def test_nothing_chosen_is_the_identity(training):
     scores[1, 3:6] = 1
     scores.requires_grad_()
     reducer = reducers.create(
-        "threshold", depth=1, layers=[0], selector=lambda _: scores, mode="threshold", candidate_prefix=[0], keep=0.5,
+        "threshold",
+        depth=1,
+        layers=[0],
+        selector=lambda _: scores,
+        mode="threshold",
+        candidate_prefix=[0],
+        keep=0.5,
         dense=training,
     )
     y, _ = walk(blocks, x, reducer)

@@ -4,7 +4,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-
 from tokenprune_ext import reducers
 from tokenprune_ext.nn import TokenState
 from tokenprune_ext.reducers import parse_r
@@ -94,7 +93,9 @@ def test_ragged_batch_equals_single_images():
     images = [tokens(1, count, seed=count) for count in (17, 12, 23)]
     x, state = pack_ragged(images)
     y, state = walk(blocks, x, reducers.create("tome", r=r, depth=DEPTH, trace_source=True), state)
-    for image, part, parent, size in zip(images, split(y, state), state.carry["parent"], state.size.split(state.cu_seqlens.diff().tolist())):
+    for image, part, parent, size in zip(
+        images, split(y, state), state.carry["parent"], state.size.split(state.cu_seqlens.diff().tolist())
+    ):
         single, alone = walk(blocks, image, reducers.create("tome", r=r, depth=DEPTH, trace_source=True))
         torch.testing.assert_close(part, single[0], atol=1e-10, rtol=1e-10)
         torch.testing.assert_close(size, alone.size[0])
@@ -104,7 +105,7 @@ def test_ragged_batch_equals_single_images():
 
 def test_ragged_batch_refuses_more_merges_than_fit():
     x, state = pack_ragged([tokens(1, 17), tokens(1, 5)])
-    with pytest.raises(ValueError, match="ToMe: r must be at most half .*2.*, got 3"):
+    with pytest.raises(ValueError, match=r"ToMe: r must be at most half .*2.*, got 3"):
         walk(tiny_blocks(1), x, reducers.create("tome", r=3, depth=1), state)
 
 

@@ -14,7 +14,5 @@ from pkgutil import iter_modules
 def adapters() -> list:
     """The adapter modules."""
     return [
-        import_module(f"{__name__}.{info.name}")
-        for info in iter_modules(__path__)
-        if not info.name.startswith("_")
+        import_module(f"{__name__}.{info.name}") for info in iter_modules(__path__) if not info.name.startswith("_")
     ]

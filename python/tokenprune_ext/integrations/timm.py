@@ -25,6 +25,7 @@ _NORMS = (
     "SimpleNorm",
     "SimpleNormFp32",
 )
+_INNER = ("q_norm", "k_norm", "norm")
 _SCALES = ("Identity", "LayerScale")
 _DROPS = ("DropPath", "Identity")
 
@@ -34,9 +35,7 @@ def find(model: nn.Module) -> list[tuple[str, nn.Module]]:
     library = sys.modules.get("timm.models.vision_transformer")
     if library is None:  # a timm model cannot exist before timm was imported
         return []
-    return [
-        (name, part) for name, part in model.named_modules() if isinstance(part, library.VisionTransformer)
-    ]
+    return [(name, part) for name, part in model.named_modules() if isinstance(part, library.VisionTransformer)]
 
 
 def facts(model: nn.Module) -> dict:
@@ -59,9 +58,7 @@ def check(model: nn.Module) -> None:
     library = sys.modules["timm.models.vision_transformer"]
     for name in ("forward_features", "forward_intermediates"):
         if getattr(type(model), name) is not getattr(library.VisionTransformer, name) or name in vars(model):
-            raise ValueError(
-                f"patch: model must use timm's {name}, got an overridden one in {type(model).__name__}"
-            )
+            raise ValueError(f"patch: model must use timm's {name}, got an overridden one in {type(model).__name__}")
     for number, block in enumerate(model.blocks):
         _check_block(f"blocks.{number}", block, library)
     if not len(model.blocks):
@@ -127,13 +124,10 @@ def methods(model: nn.Module) -> dict:
 
 def parts(block: nn.Module) -> BlockParts:
     """A timm block as branches over its own submodules."""
-    post = not hasattr(
-        block, "ls1"
-    )  # ResPostBlock: the norm sits behind the branch, where LayerScale would be
-    identity = nn.Identity()
+    post = not hasattr(block, "ls1")  # ResPostBlock: the norm sits behind the branch, where LayerScale would be
     attn = block.attn
     attention = AttentionBranch(
-        identity if post else block.norm1,
+        _same if post else block.norm1,
         attn.qkv,
         attn.proj,
         num_heads=attn.num_heads,
@@ -141,7 +135,7 @@ def parts(block: nn.Module) -> BlockParts:
         scale=attn.scale,
         q_norm=_present(attn.q_norm),
         k_norm=_present(attn.k_norm),
-        out_norm=_present(getattr(attn, "norm", identity)),  # absent in older timm
+        out_norm=_present(getattr(attn, "norm", None)),  # absent in older timm
         gate=getattr(attn, "gate", None),
         proj_drop=attn.proj_drop,
         attn_drop=attn.attn_drop.p if attn.attn_drop.training else 0.0,
@@ -149,7 +143,7 @@ def parts(block: nn.Module) -> BlockParts:
         drop_path=block.drop_path1,
     )
     mlp = MlpBranch(
-        identity if post else block.norm2,
+        _same if post else block.norm2,
         block.mlp,
         layer_scale=block.norm2 if post else _present(block.ls2),
         drop_path=block.drop_path2,
@@ -222,16 +216,19 @@ def _check_block(name, block, library):
     if type(attn).forward is not library.Attention.forward or "forward" in vars(attn):
         raise ValueError(f"patch: {name}.attn must be a timm Attention, got {type(attn).__name__}")
     _known(f"{name}.mlp", block.mlp, _MLPS)
-    for part in ("norm1", "norm2", "attn.q_norm", "attn.k_norm", "attn.norm"):
-        _known(f"{name}.{part}", block.get_submodule(part), _NORMS)
+    for owner, path, part in (
+        (block, name, "norm1"),
+        (block, name, "norm2"),
+        *((attn, f"{name}.attn", n) for n in _INNER),
+    ):
+        if hasattr(owner, part):
+            _known(f"{path}.{part}", getattr(owner, part), _NORMS)
     for part, kinds in (("ls1", _SCALES), ("ls2", _SCALES), ("drop_path1", _DROPS), ("drop_path2", _DROPS)):
         if hasattr(block, part):
             _known(f"{name}.{part}", getattr(block, part), kinds)
     for part, module in block.named_children():
         if part not in ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"):
-            raise ValueError(
-                f"patch: {name} must have known parts only, got {part} ({type(module).__name__})"
-            )
+            raise ValueError(f"patch: {name} must have known parts only, got {part} ({type(module).__name__})")
 
 
 def _known(name, module, kinds):
@@ -241,3 +238,7 @@ def _known(name, module, kinds):
 
 def _present(module):
     return None if isinstance(module, nn.Identity) else module
+
+
+def _same(x):
+    return x

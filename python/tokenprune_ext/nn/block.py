@@ -237,11 +237,7 @@ def run_block(
 
 def gather_norm(norm: Callable, x: Tensor, rows: Tensor) -> Tensor:
     """``norm`` of the gathered rows, ``[T, C]``; one pass over the memory when ``norm`` is a plain LayerNorm."""
-    plain = (
-        isinstance(norm, nn.LayerNorm)
-        and type(norm).__name__ == "LayerNorm"
-        and len(norm.normalized_shape) == 1
-    )
+    plain = isinstance(norm, nn.LayerNorm) and type(norm).__name__ == "LayerNorm" and len(norm.normalized_shape) == 1
     if plain:
         return gather_layer_norm(x, rows, norm.weight, norm.bias, norm.eps)
     return norm(gather_tokens(x, rows))

@@ -114,9 +114,7 @@ def create(method: str | Reducer | type, facts: dict | None = None, **options) -
     """
     if isinstance(method, Reducer):
         if options:
-            raise ValueError(
-                f"reducers.create: a finished reducer must come without options, got {sorted(options)}"
-            )
+            raise ValueError(f"reducers.create: a finished reducer must come without options, got {sorted(options)}")
         return method
     cls = get(method) if isinstance(method, str) else method
     accepted = inspect.signature(cls).parameters

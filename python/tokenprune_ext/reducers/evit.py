@@ -167,9 +167,7 @@ class EViT(Reducer):
         for name, made in _FIELDS:
             values = getattr(state, name)
             if values is not None:
-                fields[name] = torch.where(source < 0, made, values[source.clamp(min=0).long()]).to(
-                    values.dtype
-                )
+                fields[name] = torch.where(source < 0, made, values[source.clamp(min=0).long()]).to(values.dtype)
         return chosen, state.replace(cu_seqlens=slots.cu_seqlens, max_seqlen=longest, **fields)
 
     def _fuse_ragged(self, x, weights, chosen, cu_seqlens, target):
@@ -213,6 +211,4 @@ def _undo(y, kept, features):
     place = torch.arange(left, device=y.device).expand_as(kept)
     source = nearest.scatter(1, kept, place)  # a kept patch is its own source, whatever the distances say
     flat = y[:, :left].flatten(2) if y.dim() > 2 else y[:, :left, None]
-    return flat.gather(1, source[..., None].expand(-1, -1, flat.shape[-1])).view(
-        y.shape[0], patches, *y.shape[2:]
-    )
+    return flat.gather(1, source[..., None].expand(-1, -1, flat.shape[-1])).view(y.shape[0], patches, *y.shape[2:])

@@ -108,9 +108,7 @@ class ScoreSelect(Reducer):
         self.num_prefix, self.fast_idle, self.dense = num_prefix, fast_idle, dense
         self.scorer = selector if isinstance(selector, str) else None
         if self.scorer not in (None, "mlp", "norm", "cls"):
-            raise ValueError(
-                f"ScoreSelect: selector must be 'mlp', 'norm', 'cls' or callable, got {selector!r}"
-            )
+            raise ValueError(f"ScoreSelect: selector must be 'mlp', 'norm', 'cls' or callable, got {selector!r}")
         if self.scorer == "cls" and not class_token:
             raise ValueError("ScoreSelect: selector 'cls' needs a class token, and the model has none")
         self.selectors = _selectors(selector, layers, embed_dim)
@@ -148,14 +146,17 @@ class ScoreSelect(Reducer):
         return gather_tokens(x, rows) + y, state
 
     def losses(self, state: TokenState) -> dict[str, Tensor]:
-        """``ratio``: squared distance of the kept share from its target, averaged over the layers (padded tokens)."""
+        """``ratio``: squared distance of the kept share from its target, averaged over the layers."""
         terms = []
         for layer, target in self.keep.items():
-            decision = state.carry[f"decisions.{layer}"]
-            if decision.dim() == 1:
-                raise ValueError("ScoreSelect.losses: tokens must be padded [B, N, C], got packed ones")
-            share = decision[:, self._front(state, layer) :].mean(1)
-            share = share if self.ratio_per_sample else share.mean()
+            decision, front = state.carry[f"decisions.{layer}"], self._front(state, layer)
+            if state.packed:
+                decision = pad_rows(decision, state.cu_seqlens, state.max_seqlen, 0.0)
+                count = (state.cu_seqlens.diff() - front).to(decision.dtype)
+            else:
+                count = decision.new_full((decision.shape[0],), decision.shape[1] - front)
+            kept = decision[:, front:].sum(1)
+            share = kept / count if self.ratio_per_sample else kept.sum() / count.sum()
             terms.append(((share - target) ** 2).mean())
         return {"ratio": torch.stack(terms).mean()}
 
@@ -207,9 +208,7 @@ class ScoreSelect(Reducer):
         wanted = (count.double() * self.keep[layer]).ceil()
         if self.mode == "expected":
             wanted = torch.where(real, soft.detach(), 0).sum(1).round()
-        rank = torch.where(real & ~soft.isnan(), soft.detach(), -math.inf).argsort(
-            dim=1, descending=True, stable=True
-        )
+        rank = torch.where(real & ~soft.isnan(), soft.detach(), -math.inf).argsort(dim=1, descending=True, stable=True)
         chosen = torch.arange(soft.shape[1], device=soft.device) < wanted[:, None]
         return soft, torch.zeros_like(real).scatter(1, rank, chosen)
 
@@ -221,9 +220,7 @@ class ScoreSelect(Reducer):
         if self.scorer == "norm":
             scores = x.to(stat_dtype(x.dtype)).norm(dim=-1)
         else:
-            scores = F.cosine_similarity(
-                *(t.to(stat_dtype(x.dtype)) for t in (x, _first_rows(x, state))), dim=-1
-            )
+            scores = F.cosine_similarity(*(t.to(stat_dtype(x.dtype)) for t in (x, _first_rows(x, state))), dim=-1)
         return _unit_range(scores, state, self._front(state, layer))
 
     def _blend(self, x, state, decision, run):
@@ -245,9 +242,7 @@ class ScoreSelect(Reducer):
             values = getattr(state, name)
             if values is not None:
                 fields[name] = values.reshape(-1)[rows.clamp(min=0).long()]
-        inner = state.with_carry(rows=rows).replace(
-            cu_seqlens=index.cu_seqlens, max_seqlen=index.max_seqlen, **fields
-        )
+        inner = state.with_carry(rows=rows).replace(cu_seqlens=index.cu_seqlens, max_seqlen=index.max_seqlen, **fields)
         y, _ = run(x, inner)
         return scatter_tokens(x, y, rows)
 

@@ -1,0 +1,387 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``patch`` on timm's models: exact for every family it accepts, a named refusal for the others."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+timm = pytest.importorskip("timm")
+
+import tokenprune_ext as tp  # noqa: E402
+from tokenprune_ext import reducers  # noqa: E402
+from tokenprune_ext._patch import features, patched  # noqa: E402
+
+SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 7}
+PREFIXES = ("beit", "deit", "eva", "flexivit", "naflexvit", "samvit", "test_vit", "vit_")
+NAMES = [name for name in timm.list_models() if name.startswith(PREFIXES)]
+
+# Blocks that are no pre-norm attention and MLP in a row, or another attention.
+REFUSED = {
+    "vit_base_patch16_18x2_224": "ParallelThingsBlock",
+    "vit_base_patch16_xp_224": "ParallelScalingBlock",
+    "vit_dlittle_patch16_reg1_gap_256": "DiffAttention",
+    "vit_dpwee_patch16_reg1_gap_256": "DiffParallelScalingBlock",
+    "vit_dwee_patch16_reg1_gap_256": "DiffAttention",
+    "vit_huge_patch14_xp_224": "ParallelScalingBlock",
+    "vit_large_patch14_xp_224": "ParallelScalingBlock",
+    "vit_pwee_patch16_reg1_gap_256": "ParallelScalingBlock",
+    "vit_small_patch16_18x2_224": "ParallelThingsBlock",
+}
+# Other classes than VisionTransformer (rotary or relative positions, windows): nothing to patch.
+OTHER_CLASS = (
+    "beit_", "beitv2", "eva02", "eva_giant", "naflexvit", "samvit", "test_vit_relpos", "vit_7b", "vit_pe_", "vit_relpos", "vit_srelpos",
+)  # fmt: skip
+OTHER_CLASS_PART = ("_dinov3", "_lingbot", "_rope_", "sapiens2")
+# Cannot be built at this width: per-block head counts, or a hybrid stem of fixed width.
+NOT_BUILT = {
+    "vit_5b_patch16_sapiens2", "vit_base_mci_224", "vit_base_patch16_sapiens2", "vit_giant_patch16_sapiens2",
+    "vit_huge_patch16_sapiens2", "vit_large_patch16_sapiens2",
+}  # fmt: skip
+
+
+def small(name, **options):
+    """A seeded small model and images of the right size."""
+    torch.manual_seed(0)
+    size = 56 if "patch14" in name else 64
+    try:
+        model = timm.create_model(name, img_size=size, **SMALL, **options)
+    except TypeError:  # classes without img_size
+        model, size = timm.create_model(name, **SMALL, **options), timm.get_pretrained_cfg(name).input_size[-1]
+    for head in (module for label, module in model.named_modules() if label in ("head", "head_dist")):
+        if isinstance(head, nn.Linear):
+            nn.init.normal_(head.weight, std=0.1)  # some families start with zeros, which would hide everything
+    return model.eval(), torch.randn(2, 3, size, size)
+
+
+IDENTITIES = [
+    ("tome", {"r": 0, "fast_idle": False}),
+    ("evit", {"keep": 1.0, "fast_idle": False, "score_mode": "mean"}),
+    ("threshold", {"mode": "topk", "keep": 1.0, "selector": "norm"}),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_registry(name):
+    """r = 0 and keep = 1 are the identity in every family; the others are refused by name."""
+    if name in NOT_BUILT:
+        with pytest.raises((AssertionError, TypeError)):
+            small(name)
+        return
+    model, images = small(name)
+    if name in REFUSED:
+        with pytest.raises(ValueError, match=f"must be a timm .*{REFUSED[name]}"):
+            tp.patch(model, "tome", r=0)
+        return
+    if name.startswith(OTHER_CLASS) or any(part in name for part in OTHER_CLASS_PART):
+        with pytest.raises(ValueError, match="must hold exactly one supported"):
+            tp.patch(model, "tome", r=0)
+        return
+    with torch.no_grad():
+        expected = model(images)
+        assert expected.std() > 0
+        for method, options in (("tome", {"r": 0}), ("evit", {"keep": 1.0, "score_mode": "mean"})):
+            with patched(model, method, **options):
+                assert torch.equal(model(images), expected)
+        for method, options in IDENTITIES:
+            with patched(model, method, **options):
+                torch.testing.assert_close(model(images), expected, atol=2e-5, rtol=1e-4)
+        with patched(model, "tome", r=2):
+            reduced = model(images)
+            assert reduced.shape == expected.shape and torch.isfinite(reduced).all()
+        assert torch.equal(model(images), expected)
+
+
+FAMILIES = {
+    "plain": ("deit_tiny_patch16_224", {}),
+    "distilled": ("deit_tiny_distilled_patch16_224", {}),
+    "layer scale": ("deit3_small_patch16_224", {}),
+    "registers": ("vit_small_patch14_reg4_dinov2", {}),
+    "average pooling": ("vit_medium_patch16_gap_240", {}),
+    "attention pooling": ("vit_base_patch16_siglip_224", {}),
+    "pre-norm": ("vit_base_patch16_clip_224", {}),
+    "residual post-norm": ("vit_base_patch16_rpn_224", {}),
+    "qk norm": ("deit_tiny_patch16_224", {"qk_norm": True, "scale_attn_norm": True}),
+    "no class token": ("deit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}),
+    "gated mlp": ("vit_giant_patch14_dinov2", {}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefix_tokens_stay_in_front(family):
+    name, options = FAMILIES[family]
+    model, images = small(name, **options)
+    prefix = model.num_prefix_tokens
+    tp.patch(model, "tome", r=3)
+    for step in tp.trace(model, images):
+        front = torch.arange(prefix, dtype=torch.int32).expand(2, -1)
+        assert torch.equal(step.parent[:, :prefix], front)
+        patches = step.index[:, prefix:]
+        assert bool((step.index[:, :prefix] == -1).all()) and bool((patches >= 0).all())
+    plan = model.token_reducer.plan(2, model.patch_embed.num_patches + prefix)
+    assert [(int(s.attention_tokens[0]), int(s.tokens[0])) for s in tp.trace(model, images)] == plan
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["tome", "evit", "threshold"])
+def test_training_step_equals_the_original(family, method):
+    """With nothing to reduce, the gradients of the patched model are those of the original."""
+    name, options = FAMILIES[family]
+    model, images = small(name, **options)
+    model, images = model.double(), images.double()
+    gradients = []
+    for reduced in (False, True):
+        if reduced:
+            tp.patch(model, method, **dict(IDENTITIES)[method])
+        model.zero_grad()
+        model(images).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for original, patched_ in zip(*gradients, strict=True):
+        torch.testing.assert_close(patched_, original, atol=1e-9, rtol=1e-7)
+
+
+def test_gate():
+    from timm.models.vision_transformer import Attention
+
+    model, images = small("deit_tiny_patch16_224")
+    for block in model.blocks:
+        torch.manual_seed(1)
+        block.attn = Attention(48, num_heads=3, qkv_bias=True, gated=True).eval()
+    with torch.no_grad():
+        expected = model(images)
+        tp.patch(model, reducers.Reducer())
+        torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_learned_parts_belong_to_the_model():
+    model, images = small("deit_tiny_patch16_224")
+    keys = set(model.state_dict())
+    tp.patch(model, "threshold", layers=[1])
+    added = set(model.state_dict()) - keys
+    assert added and all(key.startswith("token_reducer.selectors.0.") for key in added)
+    model.train()
+    output, state = features(model, images)
+    loss = model.forward_head(output).square().mean() + model.token_reducer.losses(state)["ratio"]
+    loss.backward()
+    assert all(p.grad is not None for p in model.token_reducer.parameters())
+    tp.unpatch(model)
+    assert set(model.state_dict()) == keys and not {"forward_features", "forward_intermediates"} & set(vars(model))
+
+
+def test_given_noise_decides():
+    model, images = small("deit_tiny_patch16_224")
+    tp.patch(model, "threshold", layers=[1], mode="sample")
+    noise = torch.zeros(2, 16, 2)
+    noise[..., 1] = 100.0
+    with torch.no_grad():
+        _, state = features(model, images, carry={"noise.1": noise})
+    assert state.carry["decisions.1"].sum().item() == 2  # the class tokens alone
+
+
+def test_copies_and_pickles_work_on_their_own():
+    model, images = small("deit_tiny_patch16_224")
+    tp.patch(model, "tome", r=3)
+    with torch.no_grad():
+        expected = model(images)
+        twin = copy.deepcopy(model)
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        for other in (twin, torch.load(buffer, weights_only=False)):
+            assert torch.equal(other(images), expected)
+            other.norm.weight.data.zero_()
+            assert not torch.equal(other(images), expected)
+        assert torch.equal(model(images), expected)
+    tp.unpatch(twin)
+    assert hasattr(model, "token_reducer")
+
+
+def test_gradient_checkpointing():
+    model, images = small("deit_tiny_patch16_224")
+    tp.patch(model, "threshold", layers=[0, 1], generator=torch.Generator())
+    gradients = []
+    for saving in (False, True):
+        model.set_grad_checkpointing(saving)
+        model.token_reducer.generator.manual_seed(0)
+        model.train().zero_grad()
+        model(images).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("method", ["tome", "evit", "threshold"])
+@pytest.mark.parametrize("fmt", ["NCHW", "NLC"])
+def test_intermediates_are_full_maps(method, fmt):
+    model, images = small("vit_small_patch14_reg4_dinov2")
+    idle = {"tome": {"r": 0}, "evit": {"keep": 1.0}, "threshold": {"layers": []}}[method]
+    with torch.no_grad():
+        expected = model.forward_intermediates(images, indices=2, norm=True, output_fmt=fmt, return_prefix_tokens=True)
+        with patched(model, method, **idle):
+            got = model.forward_intermediates(images, indices=2, norm=True, output_fmt=fmt, return_prefix_tokens=True)
+        torch.testing.assert_close(got, expected)
+        active = {"tome": {"r": 4}, "evit": {"keep": [0.6, 0.5]}, "threshold": {"layers": [1]}}[method]
+        with patched(model, method, **active):
+            reduced = model.forward_intermediates(images, output_fmt=fmt, intermediates_only=True)
+            named = model.forward_intermediates(images, output_fmt=fmt, output_dict=True)
+            last = model.get_intermediate_layers(images)
+    assert [m.shape for m in reduced] == [m[0].shape for m in expected[1]]
+    assert sorted(named) == ["image_features", "image_intermediates"] and last[0].shape == (2, 16, 48)
+
+
+def test_dynamic_image_sizes():
+    model, _ = small("deit_tiny_patch16_224", dynamic_img_size=True)
+    tp.patch(model, "tome", r=2, trace_source=True)
+    for size in ((64, 96), (32, 64)):
+        with torch.no_grad():
+            _, state = features(model, torch.randn(1, 3, *size))
+        assert state.grid == (size[0] // 16, size[1] // 16)
+
+
+def test_random_patch_drop_leaves_no_grid():
+    model, images = small("deit_tiny_patch16_224", patch_drop_rate=0.5)
+    tp.patch(model, "tome", r=2)
+    model.train()
+    assert features(model, images)[1].grid is None
+    model.eval()
+    assert features(model, images)[1].grid == (4, 4)
+
+
+def test_a_wrapped_model_is_found():
+    model, images = small("deit_tiny_patch16_224")
+    wrapper = nn.Sequential(model, nn.Softmax(-1))
+    assert tp.patch(wrapper, "evit") is wrapper and hasattr(model, "token_reducer")
+    assert len(tp.trace(wrapper, images)) == 2
+    tp.unpatch(wrapper)
+    assert not hasattr(model, "token_reducer")
+
+
+@pytest.mark.parametrize("method", ["tome", "evit", "threshold"])
+def test_compiled_model(method):
+    from tokenprune_ext import _library
+
+    if not _library.cpu_loaded():
+        pytest.skip("the references read lengths on the host")
+    model, images = small("deit_tiny_patch16_224")
+    tp.patch(model, method, **{"tome": {"r": 3}, "evit": {"keep": 0.6}, "threshold": {"mode": "topk"}}[method])
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in (2, 3, 5):
+            more = images[:1].expand(batch, -1, -1, -1) + torch.arange(batch).view(-1, 1, 1, 1) / 4
+            torch.testing.assert_close(compiled(more), model(more))
+
+
+def test_context_manager_keeps_the_error():
+    model, _ = small("deit_tiny_patch16_224")
+    with pytest.raises(ValueError, match="method must be one of"), patched(model, "tom"):
+        pytest.fail("the block must not run")
+
+
+def test_export_of_a_patched_model():
+    from tokenprune_ext import _library
+
+    if not _library.cpu_loaded():
+        pytest.skip("the references read lengths on the host")
+    model, images = small("deit_tiny_patch16_224")
+    tp.patch(model, "tome", r=3)
+    with torch.no_grad():
+        program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
+        more = torch.cat([images, images])
+        torch.testing.assert_close(program.module()(more), model(more))
+
+
+def _two_models():
+    return nn.ModuleList(small("deit_tiny_patch16_224")[0] for _ in range(2))
+
+
+def _changed(change):
+    def build():
+        model, _ = small("deit_tiny_patch16_224")
+        change(model)
+        return model
+
+    return build
+
+
+def _custom_attention(model):
+    model.blocks[1].attn = nn.MultiheadAttention(48, 3)
+
+
+def _batch_norm(model):
+    model.blocks[1].norm2 = nn.BatchNorm1d(48)
+
+
+def _unknown_mlp(model):
+    model.blocks[0].mlp = nn.Sequential(nn.Linear(48, 48))
+
+
+def _unknown_scale(model):
+    model.blocks[0].ls1 = nn.Linear(48, 48)
+
+
+def _adapter_part(model):
+    model.blocks[0].extra = nn.Linear(48, 48)
+
+
+def _own_forward(model):
+    model.forward_features = lambda x: x
+
+
+def _own_block(model):
+    class Wrapped(nn.Module):
+        def forward(self, x):
+            return x
+
+    model.blocks[0] = Wrapped()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: nn.Linear(2, 2), "none in Linear"),
+        (lambda: timm.create_model("resnet18"), "none in ResNet"),
+        (_two_models, r"exactly one .*'0', '1'"),
+        (_changed(_custom_attention), r"blocks.1.attn must be a timm Attention, got MultiheadAttention"),
+        (_changed(_batch_norm), r"blocks.1.norm2 must be one of .*got BatchNorm1d"),
+        (_changed(_unknown_mlp), r"blocks.0.mlp must be one of .*got Sequential"),
+        (_changed(_unknown_scale), r"blocks.0.ls1 must be one of .*got Linear"),
+        (_changed(_adapter_part), r"blocks.0 must have known parts only, got extra"),
+        (_changed(_own_forward), "forward_features, got an overridden one"),
+        (_changed(_own_block), r"blocks.0 must be a timm Block .*got Wrapped"),
+    ],
+)
+def test_refusals_name_the_component(build, message):
+    model = build()
+    with pytest.raises(ValueError, match=message):
+        tp.patch(model, "tome")
+    assert not hasattr(model, "token_reducer")
+
+
+def test_wrong_use():
+    model, images = small("deit_tiny_patch16_224")
+    for call in (tp.unpatch, lambda m: tp.trace(m, images), lambda m: features(m, images)):
+        with pytest.raises(ValueError, match="must be patched"):
+            call(model)
+    tp.patch(model, "tome")
+    with pytest.raises(ValueError, match="unpatched first, got one with ToMe"):
+        tp.patch(model, "evit")
+    with pytest.raises(ValueError, match="attn_mask"):
+        model(images, attn_mask=torch.ones(17, 17, dtype=torch.bool))
+    with pytest.raises(ValueError, match="is_causal"):
+        model.forward_features(images, is_causal=True)
+    tp.unpatch(model)
+    with pytest.raises(ValueError, match="method must be one of"):
+        tp.patch(model, "tom")
+    with pytest.raises(ValueError, match="options must be among"):
+        tp.patch(model, "tome", rate=2)
+    headless, _ = small("deit_tiny_patch16_224", class_token=False, global_pool="avg")
+    with pytest.raises(ValueError, match="needs a class token"):
+        tp.patch(headless, "evit", score_mode="cls")
+    dropping, images = small("deit_tiny_patch16_224", attn_drop_rate=0.1)
+    tp.patch(dropping, reducers.Reducer())
+    dropping(images)
+    with pytest.raises(ValueError, match="attn_drop must be 0 while training"):
+        dropping.train()(images)
