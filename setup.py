@@ -29,7 +29,9 @@ def torch_dir() -> Path:
     """Folder of torch, found without importing it (no CUDA initialisation)."""
     spec = importlib.util.find_spec("torch")
     if spec is None:
-        raise SystemExit("tokenprune_ext: building needs torch >= 2.11; install it first, then use --no-build-isolation")
+        raise SystemExit(
+            "tokenprune_ext: building needs torch >= 2.11; install it first, then use --no-build-isolation"
+        )
     return Path(spec.submodule_search_locations[0])
 
 
@@ -92,7 +94,10 @@ class CMakeBuild(build_ext):
             raise SystemExit(f"tokenprune_ext: TOKENPRUNE_CUDA=ON, but {obstacle}")
         with_cuda = obstacle is None
         archs = os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS) if with_cuda else ""
-        print(f"tokenprune_ext: CPU kernels, {'CUDA kernels for ' + archs if with_cuda else f'no CUDA ({obstacle})'}", flush=True)
+        print(
+            f"tokenprune_ext: CPU kernels, {'CUDA kernels for ' + archs if with_cuda else f'no CUDA ({obstacle})'}",
+            flush=True,
+        )
 
         build = Path(os.environ.get("TOKENPRUNE_BUILD_DIR", ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"))
         args = [
@@ -108,7 +113,9 @@ class CMakeBuild(build_ext):
         pybind11 = importlib.util.find_spec("pybind11")
         if pybind11 is not None:
             args.append(f"-DTOKENPRUNE_PYBIND11_DIR={Path(pybind11.origin).parent / 'share' / 'cmake' / 'pybind11'}")
-        subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *args], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *args], check=True, stdout=subprocess.DEVNULL
+        )
         jobs = os.environ.get("MAX_JOBS")
         subprocess.run(["cmake", "--build", str(build), *(["-j", jobs] if jobs else [])], check=True)
 

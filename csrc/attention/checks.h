@@ -100,9 +100,7 @@ struct AttentionCall {
   }
 
   Tensor new_values(int64_t rows) const { return torch::stable::new_empty(like, {rows, p.heads, p.dim}); }
-  Tensor new_stats(int64_t size) const {
-    return torch::stable::new_empty(like, {p.heads, size}, stat_dtype(dtype));
-  }
+  Tensor new_stats(int64_t size) const { return torch::stable::new_empty(like, {p.heads, size}, stat_dtype(dtype)); }
 };
 
 inline void set_backward_inputs(const char* op, AttentionCall& call, const std::optional<Tensor>& grad_out,
@@ -170,9 +168,7 @@ struct PolicyCall {
   }
 
   Tensor new_values() const { return torch::stable::new_empty(like, {p.batch, p.tokens, p.heads, p.dim}); }
-  Tensor new_stats() const {
-    return torch::stable::new_empty(like, {p.batch, p.heads, p.tokens}, stat_dtype(dtype));
-  }
+  Tensor new_stats() const { return torch::stable::new_empty(like, {p.batch, p.heads, p.tokens}, stat_dtype(dtype)); }
 };
 
 }  // namespace tokenprune

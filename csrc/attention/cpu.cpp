@@ -22,14 +22,15 @@ void fill(const Tensor& t, double value) {
 // Whether the sequences cover all rows; otherwise the uncovered ones need their defined values.
 bool covers(const int32_t* cu, int64_t batch, int64_t total) { return cu[batch] == total; }
 
-std::tuple<Tensor, Tensor, Tensor> sparse_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_q,
-                                                    const Tensor& cu_k, int64_t max_q, int64_t max_k,
-                                                    const Optional& key_bias, const Optional& q_index,
+std::tuple<Tensor, Tensor, Tensor> sparse_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                    const Tensor& cu_q, const Tensor& cu_k, int64_t max_q,
+                                                    int64_t max_k, const Optional& key_bias, const Optional& q_index,
                                                     const Optional& kv_index, double scale, bool want_cls) {
   AttentionCall call("sparse_attention", q, k, v, cu_q, cu_k, max_q, max_k, key_bias, q_index, kv_index, scale);
   AttentionParams& p = call.p;
   const Dtype dtype = kernel_dtype("sparse_attention", call.dtype);
-  Tensor out = call.new_values(p.total_q), lse = call.new_stats(p.total_q), cls = call.new_stats(want_cls ? p.total_k : 0);
+  Tensor out = call.new_values(p.total_q), lse = call.new_stats(p.total_q),
+         cls = call.new_stats(want_cls ? p.total_k : 0);
   if (!covers(p.cu_q, p.batch, p.total_q)) fill(out, 0), fill(lse, -std::numeric_limits<double>::infinity());
   // Keys that no query sees keep the value 0: those of sequences without queries, and beyond the last sequence.
   if (want_cls) fill(cls, 0);
@@ -39,9 +40,8 @@ std::tuple<Tensor, Tensor, Tensor> sparse_attention(const Tensor& q, const Tenso
   const int64_t chunks = pairs >= 4 * threads || pairs % threads == 0 ? 1 : 2;
   const AttentionKernels& table = kernels(dtype);
   const int64_t bytes = table.forward_scratch(p);
-  parallel_items(pairs * chunks, p.max_q * p.max_k * p.dim / 8, [&](int64_t item) {
-    table.forward(dtype, p, item, chunks, thread_scratch(bytes));
-  });
+  parallel_items(pairs * chunks, p.max_q * p.max_k * p.dim / 8,
+                 [&](int64_t item) { table.forward(dtype, p, item, chunks, thread_scratch(bytes)); });
   return {out, lse, cls};
 }
 

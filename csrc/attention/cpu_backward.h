@@ -80,8 +80,8 @@ void scores_item(const AttentionParams& p, int64_t item, char* scratch) {
 
 // Write accumulated gradient rows [n, width] of one head.
 template <typename T>
-void store_gradient(const Compute<T>* from, void* to, int64_t first, int64_t n, int64_t width, int64_t heads, int64_t head,
-                    int64_t dim, Compute<T> factor) {
+void store_gradient(const Compute<T>* from, void* to, int64_t first, int64_t n, int64_t width, int64_t heads,
+                    int64_t head, int64_t dim, Compute<T> factor) {
   for (int64_t i = 0; i < n; ++i) {
     narrow<T>(from + i * width, static_cast<T*>(to) + ((first + i) * heads + head) * dim, dim, factor);
   }

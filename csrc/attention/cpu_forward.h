@@ -28,7 +28,9 @@ struct ForwardPlan {
 inline int64_t forward_scratch_bytes(const AttentionParams& p) {
   const int64_t keys = p.max_k + 2 * 64, width = round_up(p.dim, 16) + 16;
   const int64_t wide = 8;  // bytes of the widest compute type
-  return wide * (2 * keys * width + keys * width / 2 + 2 * kStrip * (kKeyBlock + 128) + keys + kStrip * (2 * width + 8)) + 4096;
+  return wide *
+             (2 * keys * width + keys * width / 2 + 2 * kStrip * (kKeyBlock + 128) + keys + kStrip * (2 * width + 8)) +
+         4096;
 }
 
 // v rows -> [keys / kPer, width] units.

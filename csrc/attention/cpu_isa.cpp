@@ -29,8 +29,8 @@ bool policy_backward(Dtype dtype, const PolicyParams& p, int64_t item, char* scr
 }  // namespace TOKENPRUNE_ISA
 
 extern const AttentionKernels TP_TABLE(attention_kernels) = {
-    forward_scratch_bytes, forward, scores, backward_scratch_bytes, backward,
-    policy_scratch_bytes, policy_forward, policy_backward,
+    forward_scratch_bytes, forward,        scores,          backward_scratch_bytes, backward,
+    policy_scratch_bytes,  policy_forward, policy_backward,
 };
 
 }  // namespace tokenprune

@@ -17,14 +17,14 @@ inline int64_t policy_scratch_bytes(const PolicyParams& p) {
 
 template <typename T>
 RowView<T> policy_rows(const Rows& rows, int64_t batch_stride, int64_t image, int64_t head) {
-  return {static_cast<const T*>(rows.data) + image * batch_stride + head * rows.head_stride, rows.row_stride, 0, rows.rows,
-          nullptr};
+  return {static_cast<const T*>(rows.data) + image * batch_stride + head * rows.head_stride, rows.row_stride, 0,
+          rows.rows, nullptr};
 }
 
 // Logits of one strip in the log2 domain (columns beyond n are -inf), then E in place; the row maxima.
 template <typename C>
-void policy_exponentials(const C* q, int64_t q_stride, const C* keys, const C* pad, C factor, int64_t rows, int64_t padded,
-                         int64_t dim, C* e, C* row_max) {
+void policy_exponentials(const C* q, int64_t q_stride, const C* keys, const C* pad, C factor, int64_t rows,
+                         int64_t padded, int64_t dim, C* e, C* row_max) {
   Gemm<C>::panels(q, q_stride, keys, e, padded, rows, padded, dim);
   for (int64_t r = 0; r < rows; ++r) {
     row_max[r] = scale_and_max(e + r * padded, pad, factor, padded);

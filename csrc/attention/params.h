@@ -12,8 +12,8 @@ struct Rows {  // [rows, heads, dim], unit inner stride
 };
 
 struct AttentionParams {
-  Rows q, k, v, out, grad_out;                          // out and grad_out are inputs of the backward
-  const int32_t *cu_q = nullptr, *cu_k = nullptr;       // [batch + 1]
+  Rows q, k, v, out, grad_out;                           // out and grad_out are inputs of the backward
+  const int32_t *cu_q = nullptr, *cu_k = nullptr;        // [batch + 1]
   const int32_t *q_index = nullptr, *k_index = nullptr;  // [total_q], [total_k] or null
   const void* key_bias = nullptr;                        // [total_k] stat dtype or null
   int64_t batch = 0, heads = 0, dim = 0, total_q = 0, total_k = 0, max_q = 0, max_k = 0;
@@ -36,7 +36,8 @@ struct PolicyParams {  // q, k, v [batch, tokens, heads, dim]: batch stride in *
   int64_t batch = 0, tokens = 0, heads = 0, dim = 0;
   double eps = 0, scale = 0;
   void *o = nullptr, *row_max = nullptr, *row_sum = nullptr;  // [batch, tokens, heads, dim], 2 x [batch, heads, tokens]
-  void *grad_q = nullptr, *grad_k = nullptr, *grad_v = nullptr, *grad_policy = nullptr;  // grad_policy [batch, heads, tokens]
+  void *grad_q = nullptr, *grad_k = nullptr, *grad_v = nullptr,
+       *grad_policy = nullptr;  // grad_policy [batch, heads, tokens]
 };
 
 }  // namespace tokenprune

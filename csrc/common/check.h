@@ -51,13 +51,11 @@ inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t
 }
 
 inline void check_size(const char* op, const char* name, const Tensor& t, int64_t dim, int64_t size) {
-  TP_CHECK(t.size(dim) == size, op, name, " must have size ", size, " in dimension ", dim, ", got ",
-           shape_text(t));
+  TP_CHECK(t.size(dim) == size, op, name, " must have size ", size, " in dimension ", dim, ", got ", shape_text(t));
 }
 
 inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType dtype) {
-  TP_CHECK(t.scalar_type() == dtype, op, name, " must be ", dtype_name(dtype), ", got ",
-           dtype_name(t.scalar_type()));
+  TP_CHECK(t.scalar_type() == dtype, op, name, " must be ", dtype_name(dtype), ", got ", dtype_name(t.scalar_type()));
 }
 
 inline bool is_floating(ScalarType t) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Checks of tensor contents that sit in host memory. On the CPU they always run; CUDA tensors are copied to the host for
-// them only under TOKENPRUNE_VALIDATE=1 (that synchronises). They run before any parallel region: a message thrown inside
-// one would be lost with torch 2.11.
+// Checks of tensor contents that sit in host memory. On the CPU they always run; CUDA tensors are copied to the host
+// for them only under TOKENPRUNE_VALIDATE=1 (that synchronises). They run before any parallel region: a message thrown
+// inside one would be lost with torch 2.11.
 #pragma once
 
 #include <cstdlib>

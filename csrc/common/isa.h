@@ -7,12 +7,12 @@ namespace tokenprune {
 
 enum class Isa { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 
-Isa cpu_isa();                 // the one in use
+Isa cpu_isa();  // the one in use
 const char* isa_name(Isa isa);
 
 // Picks this process's entry of a family's tables. Each set's object defines `TABLE_<set>`; float64 is generic only.
 #if defined(__x86_64__)
-#define TP_DECLARE_TABLES(Table, name) \
+#define TP_DECLARE_TABLES(Table, name)                                               \
   extern const Table name##_generic, name##_avx2, name##_avx512, name##_avx512_bf16; \
   inline const Table& name() {                                                       \
     static const Table& table = cpu_isa() == Isa::kAvx512Bf16 ? name##_avx512_bf16   \

@@ -2,7 +2,8 @@
 // Vectors of the instruction set that this object is compiled for, through the compiler's vector extensions.
 //
 // Everything lives in an inline namespace named after the set (TOKENPRUNE_ISA): without it the linker may keep one
-// set's copy of an inline function for all of them. No STL and no torch header may be included here for the same reason.
+// set's copy of an inline function for all of them. No STL and no torch header may be included here for the same
+// reason.
 #pragma once
 
 #include <stdint.h>

@@ -81,7 +81,8 @@ struct MergeCall {
     check_size(op, "parent", parents, 0, tokens.size(0));
     check_size(op, "parent", parents, 1, tokens.size(1));
     TP_CHECK(out_len >= 0, op, "out_len must be >= 0, got ", out_len);
-    TP_CHECK(mode >= kMergeSum && mode <= kMergeWeighted, op, "mode must be 0 (sum), 1 (mean), 2 (amax) or 3 (weighted), got ", mode);
+    TP_CHECK(mode >= kMergeSum && mode <= kMergeWeighted, op,
+             "mode must be 0 (sum), 1 (mean), 2 (amax) or 3 (weighted), got ", mode);
     TP_CHECK(mode != kMergeWeighted || sizes.has_value(), op, "size must be given in mode 3 (weighted), got none");
     x = as_contiguous(tokens), parent = as_contiguous(parents);
     check_indices(op, "parent", parent, out_len);

@@ -21,7 +21,8 @@ void run_match(const char* op, MatchCall& call, Tensor& score, Tensor& nearest) 
   p.score = score.mutable_data_ptr(), p.nearest = mutable_data<int32_t>(nearest);
   const Dtype dtype = kernel_dtype(op, call.metric.scalar_type());
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t chunks = p.batch >= 2 * threads || p.batch % threads == 0 ? 1 : std::min<int64_t>(threads, (p.na + 47) / 48);
+  const int64_t chunks =
+      p.batch >= 2 * threads || p.batch % threads == 0 ? 1 : std::min<int64_t>(threads, (p.na + 47) / 48);
   const MergeKernels& table = kernels(dtype);
   const int64_t bytes = table.match_scratch(p);
   if (p.na == 0) return;
@@ -67,7 +68,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bipartite_soft_matching(const Tensor&
   SelectMergeParams s = bipartite_rules(op, call.p, r, class_token, distill_token, num_prefix);
   Tensor score = call.new_scores(), nearest = call.new_ints(call.p.na);
   run_match(op, call, score, nearest);
-  Tensor unm = call.new_ints(s.na - r), src = call.new_ints(r), dst = call.new_ints(r), parent = call.new_ints(s.tokens);
+  Tensor unm = call.new_ints(s.na - r), src = call.new_ints(r), dst = call.new_ints(r),
+         parent = call.new_ints(s.tokens);
   s.unm = mutable_data<int32_t>(unm), s.src = mutable_data<int32_t>(src), s.dst = mutable_data<int32_t>(dst);
   s.parent = mutable_data<int32_t>(parent);
   const int32_t* near = call.p.nearest;

@@ -90,7 +90,8 @@ void match_item(const MatchParams& p, int64_t item, int64_t chunks, char* scratc
   for (int64_t s = first; s < last; ++s) {
     const int64_t begin = s * kRows, count = p.na - begin < kRows ? p.na - begin : kRows;
     pack_units<T>(a, begin, count, p.channels, units, rows);
-    for (int64_t r = 0; r < count; ++r) best[r].score = splat<C>(kNegInf<C>), best[r].column = typename VecTypes<C>::integer{};
+    for (int64_t r = 0; r < count; ++r)
+      best[r].score = splat<C>(kNegInf<C>), best[r].column = typename VecTypes<C>::integer{};
     for (int64_t j = 0; j < padded; j += kPanel) {
       const int64_t width = padded - j < kPanel ? padded - j : kPanel;
       Gemm<U>::panels(rows, units, panels + j * units, tile, kPanel, count, width, units);
@@ -101,7 +102,8 @@ void match_item(const MatchParams& p, int64_t item, int64_t chunks, char* scratc
       C top = kNegInf<C>;
       int64_t column = p.protect_b;  // where nothing may be chosen: the first token that may be merged into
       for (int l = 0; l < kLanes<C>; ++l) {
-        const bool better = best[r].score[l] > top || (best[r].score[l] == top && top != kNegInf<C> && best[r].column[l] < column);
+        const bool better =
+            best[r].score[l] > top || (best[r].score[l] == top && top != kNegInf<C> && best[r].column[l] < column);
         if (better) top = best[r].score[l], column = best[r].column[l];
       }
       const C score = x == nullptr || top == kNegInf<C> ? kNegInf<C> : top * inverse_norm(x, p.channels);

@@ -25,7 +25,8 @@ inline void check_row_indices(const char* op, const Tensor& indices, const Tenso
   check_indices(op, "indices", as_contiguous(indices), rows);
 }
 
-inline void check_token_rows(const char* op, const char* name, const Tensor& t, const Tensor& indices, const Tensor& map) {
+inline void check_token_rows(const char* op, const char* name, const Tensor& t, const Tensor& indices,
+                             const Tensor& map) {
   check_rows(op, name, t);
   check_dtype(op, name, t, map.scalar_type());
   check_device(op, name, t, map);
@@ -96,9 +97,7 @@ struct RowCall {
     p.scale = scale->const_data_ptr();
   }
 
-  Tensor new_stat(int64_t size) const {
-    return torch::stable::new_empty(map, {size}, stat_dtype(map.scalar_type()));
-  }
+  Tensor new_stat(int64_t size) const { return torch::stable::new_empty(map, {size}, stat_dtype(map.scalar_type())); }
 };
 
 }  // namespace tokenprune

@@ -129,9 +129,8 @@ std::tuple<Tensor, Tensor, Tensor> gather_layer_norm_backward(const Tensor& grad
          grad_bias = call.new_stat(p.channels);
   p.tokens_out = rows.mutable_data_ptr();
   const Dtype dtype = kernel_dtype(op, x.scalar_type());
-  parallel_ranges(p.count, p.channels * 2, [&](int64_t begin, int64_t end) {
-    kernels(dtype).gather_layer_norm_backward(dtype, p, begin, end);
-  });
+  parallel_ranges(p.count, p.channels * 2,
+                  [&](int64_t begin, int64_t end) { kernels(dtype).gather_layer_norm_backward(dtype, p, begin, end); });
   void *gw = grad_weight.mutable_data_ptr(), *gb = grad_bias.mutable_data_ptr();
   parallel_ranges(p.channels, p.count, [&](int64_t begin, int64_t end) {
     kernels(dtype).layer_norm_parameters(dtype, p, gw, gb, begin, end);

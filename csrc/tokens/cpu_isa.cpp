@@ -235,7 +235,8 @@ bool scatter(Dtype d, const RowParams& p, int64_t begin, int64_t end) {
 bool scatter_backward(Dtype d, const RowParams& p, int64_t begin, int64_t end) {
   return visit(d, [&]<typename T>() { scatter_rows_backward<T>(p, begin, end); });
 }
-bool sum_rows(Dtype d, const RowParams& p, const int32_t* offsets, const int32_t* positions, int64_t begin, int64_t end) {
+bool sum_rows(Dtype d, const RowParams& p, const int32_t* offsets, const int32_t* positions, int64_t begin,
+              int64_t end) {
   return visit(d, [&]<typename T>() { sum_map_rows<T>(p, offsets, positions, begin, end); });
 }
 

@@ -15,11 +15,13 @@ struct TokenKernels {
   bool (*gather_layer_norm)(Dtype, const RowParams&, int64_t begin, int64_t end);
   bool (*gather_layer_norm_backward)(Dtype, const RowParams&, int64_t begin, int64_t end);
   // Weight and bias gradients of all rows, channels [begin, end): fixed order, no atomics.
-  bool (*layer_norm_parameters)(Dtype, const RowParams&, void* grad_weight, void* grad_bias, int64_t begin, int64_t end);
+  bool (*layer_norm_parameters)(Dtype, const RowParams&, void* grad_weight, void* grad_bias, int64_t begin,
+                                int64_t end);
   bool (*scatter)(Dtype, const RowParams&, int64_t begin, int64_t end);
   bool (*scatter_backward)(Dtype, const RowParams&, int64_t begin, int64_t end);
   // grad_map rows [begin, end) from lists (offsets [rows + 1], positions): sums in list order.
-  bool (*sum_rows)(Dtype, const RowParams&, const int32_t* offsets, const int32_t* positions, int64_t begin, int64_t end);
+  bool (*sum_rows)(Dtype, const RowParams&, const int32_t* offsets, const int32_t* positions, int64_t begin,
+                   int64_t end);
 };
 
 TP_DECLARE_TABLES(TokenKernels, token_kernels)

@@ -19,10 +19,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tokenprune, m) {
       "gather_layer_norm_backward(Tensor grad, Tensor x, Tensor indices, Tensor? weight, Tensor mean, Tensor rstd) -> "
       "(Tensor grad_rows, Tensor grad_weight, Tensor grad_bias)");
   // out = features, except out[indices[t]] = (add ? features[indices[t]] : 0) + scale[t] * tokens[t].
-  m.def(
-      "scatter_tokens(Tensor features, Tensor tokens, Tensor indices, Tensor? scale, bool add) -> Tensor");
-  m.def(
-      "scatter_tokens_(Tensor(a!) features, Tensor tokens, Tensor indices, Tensor? scale, bool add) -> ()");
+  m.def("scatter_tokens(Tensor features, Tensor tokens, Tensor indices, Tensor? scale, bool add) -> Tensor");
+  m.def("scatter_tokens_(Tensor(a!) features, Tensor tokens, Tensor indices, Tensor? scale, bool add) -> ()");
   m.def(
       "scatter_tokens_backward(Tensor grad, Tensor? tokens, Tensor indices, Tensor? scale, bool add) -> "
       "(Tensor grad_features, Tensor grad_tokens, Tensor grad_scale)");

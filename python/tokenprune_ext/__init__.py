@@ -12,6 +12,8 @@ _LAZY = {
     "patch": "._patch",
     "unpatch": "._patch",
     "trace": "._patch",
+    "features": "._patch",
+    "patched": "._patch",
     "profile": ".profiling",
     "visualize": "._visualize",
 }

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters to other libraries, one file each. A file added to this folder is found by itself.
 
-An adapter offers ``find(model) -> list[(name, module)]``: the parts it can patch; ``facts(module) -> dict``: what is
-known about one; ``check(module)``: raises ValueError for a component it does not know; and
-``forward(module, images, *, record, trace, state) -> (features, state)``: its features with the module's reducer.
-``methods(module) -> dict``: the functions to put on the module, by name.
+An adapter offers ``find(model) -> [(name, module)]``: the parts it can patch; ``facts(module) -> dict``: what reducers
+may want to know; ``check(module)``: raises ValueError for a component that it does not know; ``methods(module) -> dict``:
+the functions to put on the module, by name; and ``forward(module, images, *, record, trace, carry, each) -> (features,
+state)``: the features with the reducer in ``module.token_reducer``.
 """
 
 from importlib import import_module

@@ -77,7 +77,8 @@ def call(name, device, *args):
         warnings.warn(
             f"tokenprune_ext: {name} runs the slower PyTorch reference on {device.type}: {reason}", stacklevel=3
         )
-    return _references[name](*args)
+    with torch.autocast(device.type, enabled=False):  # the public function has cast already
+        return _references[name](*args)
 
 
 def _refuse_transforms(name, args):

@@ -258,10 +258,8 @@ def _to_rows(grads, x, index):
 
 
 def _setup_attention(ctx, inputs, output):
-    *tensors, scale, want_cls = inputs
-    q, k, v, cu_q, cu_k, ctx.max_q, ctx.max_k, key_bias, q_index, kv_index = tensors
+    q, k, v, cu_q, cu_k, ctx.max_q, ctx.max_k, key_bias, q_index, kv_index, ctx.scale, _ = inputs
     ctx.save_for_backward(q, k, v, cu_q, cu_k, key_bias, q_index, kv_index, output[0], output[1])
-    ctx.scale = scale
     ctx.set_materialize_grads(False)
 
 
@@ -394,6 +392,12 @@ def _logits(q, k, bias, qr, kp, kr, scale):
     return logits if bias is None else logits + bias[kp]
 
 
+def _probabilities(logits, lse):
+    """exp(logits - lse), zero (with zero gradients) where every key is hidden."""
+    hidden = lse == float("-inf")
+    return torch.where(hidden, 0, (logits - torch.where(hidden, 0, lse)).exp())
+
+
 def _reference_attention(q, k, v, cu_q, cu_k, max_q, max_k, bias, q_index, kv_index, scale, want_cls):
     tq, tk = _counts(q, k, q_index, kv_index)
     heads, dim = q.shape[1:]
@@ -405,8 +409,9 @@ def _reference_attention(q, k, v, cu_q, cu_k, max_q, max_k, bias, q_index, kv_in
         if len(qp) == 0 or len(kp) == 0:
             continue
         logits = _logits(q, k, bias, qr, kp, kr, scale)
-        row = logits.logsumexp(-1)
-        probabilities = torch.where(row[..., None] == float("-inf"), 0, (logits - row[..., None]).exp())
+        hidden = (logits == float("-inf")).all(-1)  # logsumexp has no gradient there
+        row = torch.where(hidden, float("-inf"), torch.where(hidden[..., None], 0, logits).logsumexp(-1))
+        probabilities = _probabilities(logits, row[..., None])
         lse = lse.index_copy(1, qp, row)
         out = out.index_copy(0, qp, torch.einsum("hqk,khd->qhd", probabilities, v[kr].to(stat)).to(q.dtype))
         if want_cls:
@@ -420,8 +425,7 @@ def _reference_scores(q, k, lse, cu_q, cu_k, max_q, max_k, bias, q_index, kv_ind
         if len(qp) == 0 or len(kp) == 0:
             continue
         row = lse[:, qp][..., None]
-        probabilities = (_logits(q, k, bias, qr, kp, kr, scale) - row).exp()
-        probabilities = torch.where(row == float("-inf"), 0, probabilities)
+        probabilities = _probabilities(_logits(q, k, bias, qr, kp, kr, scale), row)
         scores = scores.index_copy(1, kp, probabilities[:, 0] if kind == 0 else probabilities.mean(1))
     return scores
 

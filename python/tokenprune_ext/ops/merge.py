@@ -346,7 +346,7 @@ def _reference_merge(x, parent, out_len, size, mode):
         count = weights.new_zeros(batch, out_len + 1).scatter_add(1, target, torch.ones_like(weights))[:, :out_len]
         y = y / count.clamp(min=1)[..., None]
     elif mode == 3:
-        y = torch.where(size_out[..., None] == 0, 0, y / size_out[..., None])
+        y = torch.where(size_out[..., None] == 0, 0, y / torch.where(size_out == 0, 1, size_out)[..., None])
     return y.to(x.dtype), size_out
 
 

@@ -337,7 +337,7 @@ def _vmap_scatter(info, dims, features, tokens, indices, scale, add):
 
 
 def _reference_select(mask):
-    batch, tokens = mask.shape
+    batch = mask.shape[0]
     indices = mask.reshape(-1).nonzero().squeeze(1).to(torch.int32)
     cu_seqlens = mask.new_zeros(batch + 1, dtype=torch.int32)
     cu_seqlens[1:] = mask.sum(1).cumsum(0)
