@@ -113,11 +113,15 @@ class CMakeBuild(build_ext):
         pybind11 = importlib.util.find_spec("pybind11")
         if pybind11 is not None:
             args.append(f"-DTOKENPRUNE_PYBIND11_DIR={Path(pybind11.origin).parent / 'share' / 'cmake' / 'pybind11'}")
-        subprocess.run(
-            ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *args], check=True, stdout=subprocess.DEVNULL
-        )
+        beside = Path(sys.executable).parent / "cmake"  # the one of this environment, also when it is not activated
+        cmake = str(beside) if beside.exists() else "cmake"
+        configure = [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *args]
+        ninja = Path(sys.executable).parent / "ninja"
+        if ninja.exists():
+            configure.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
+        subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
         jobs = os.environ.get("MAX_JOBS")
-        subprocess.run(["cmake", "--build", str(build), *(["-j", jobs] if jobs else [])], check=True)
+        subprocess.run([cmake, "--build", str(build), *(["-j", jobs] if jobs else [])], check=True)
 
         target = Path(self.build_lib) / "tokenprune_ext"
         target.mkdir(parents=True, exist_ok=True)

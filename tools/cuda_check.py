@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,8 +60,9 @@ class Kernel:
         found = []
         if self.spills:
             found.append(f"spills {self.spills} bytes")
-        if "MmaTile" in self.name and not (self.counts["HMMA"] and self.counts["LDGSTS"] and self.counts["LDSM"]):
-            found.append("lacks HMMA, LDGSTS or LDSM")
+        needed = ["HMMA", "LDSM"] if "mma" in self.name.lower().replace("fmatile", "") else []
+        needed += ["LDGSTS"] if "MmaTile" in self.name else []
+        found += [f"has no {kind}" for kind in needed if not self.counts[kind]]
         return found
 
 
@@ -169,22 +170,28 @@ def table(rows: list[list[str]], head: list[str]) -> str:
     return "\n".join([line(head), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, rows)])
 
 
+def span(values: list[int]) -> str:
+    return str(min(values)) if min(values) == max(values) else f"{min(values)}-{max(values)}"
+
+
 def summary(kernels: list[Kernel]) -> str:
-    """One row per kernel and architecture, over its instances."""
-    groups: dict[tuple[str, str], list[Kernel]] = {}
+    """One row per kernel, over its instances: registers on every architecture, instructions on one of them."""
+    archs = list(dict.fromkeys(k.arch for k in sorted(kernels, key=lambda k: int(k.arch.rstrip("a")))))
+    shown = "90a" if "90a" in archs else archs[0]
+    groups: dict[str, dict[str, list[Kernel]]] = {}
     for k in kernels:
-        groups.setdefault((k.family, k.arch), []).append(k)
+        groups.setdefault(k.family, {}).setdefault(k.arch, []).append(k)
     rows = []
-    for (family, arch), members in sorted(groups.items()):
-        low, high = min(k.registers for k in members), max(k.registers for k in members)
+    for family, by_arch in sorted(groups.items()):
+        members = by_arch.get(shown, [])
         total = sum((k.counts for k in members), Counter())
-        registers = str(low) if low == high else f"{low}-{high}"
-        shared = str(max(k.shared for k in members))
-        spills = str(sum(k.spills for k in members))
-        rows.append(
-            [family, f"sm_{arch}", str(len(members)), registers, shared, spills, *(str(total[k]) for k in KINDS)]
-        )
-    return table(rows, ["kernel", "arch", "instances", "registers", "shared", "spills", *KINDS])
+        every = [k for group in by_arch.values() for k in group]
+        registers = [span([k.registers for k in by_arch[a]]) if a in by_arch else "" for a in archs]
+        kinds = ", ".join(f"{total[kind]} {kind}" for kind in KINDS if total[kind])
+        shared, spills = max(k.shared for k in every), sum(k.spills for k in every)
+        rows.append([family, kinds, str(len(members)), str(shared), str(spills), *registers])
+    head = ["kernel", f"instructions on sm_{shown}", "instances", "shared", "spills", *(f"sm_{a}" for a in archs)]
+    return table(rows, head)
 
 
 def details(kernels: list[Kernel]) -> str:
@@ -201,8 +208,8 @@ def write_section(path: Path, kernels: list[Kernel], version: str) -> None:
         sys.exit(f"cuda_check: {path} lacks the lines '{BEGIN}' and '{END}'")
     archs = ", ".join(f"sm_{a}" for a in dict.fromkeys(k.arch for k in kernels))
     section = (
-        f"{BEGIN}\n\n{version}; {archs}. Static shared memory in bytes; instruction counts are sums over the instances "
-        f"of a kernel.\n\n{summary(kernels)}\n\n{END}"
+        f"{BEGIN}\n\nnvcc {version}; {archs}. Registers per thread on every architecture, static shared memory and spills "
+        f"in bytes, instructions in the code of all instances together.\n\n{summary(kernels)}\n\n{END}"
     )
     path.write_text(text[: text.index(BEGIN)] + section + text[text.index(END) + len(END) :], encoding="utf-8")
 
@@ -248,9 +255,9 @@ def main() -> int:
     for failure in failures:
         print(f"FAIL {failure}", file=sys.stderr)
     if args.json:
-        args.json.write_text(json.dumps([asdict(k) for k in kernels], indent=1), encoding="utf-8")
+        args.json.write_text(json.dumps([vars(k) for k in kernels], indent=1), encoding="utf-8")
     if args.write and not failures:
-        write_section(args.write, kernels, f"nvcc {version}")
+        write_section(args.write, kernels, version)
     return 1 if failures or not kernels else 0
 
 

@@ -15,25 +15,25 @@ constexpr int64_t kMostDim = 128;
 // time.
 constexpr int kAllWidths = 0, kCommonWidths = 1, kTwoWidths = 2;
 
-// 16-bit tiles: 64 columns up to a head width of wide_up_to, 32 above; two bands per warp up to tall_up_to. Both are as
-// much as the registers hold without spills.
+// 16-bit tiles: 64 columns up to a head width of wide_up_to, 32 above; two bands per warp up to tall_up_to. Tiles of
+// float for heads wider than 64 have wide_rows rows (double: half). All are as large as registers and shared memory
+// allow.
 struct TileRule {
-  int widths, wide_up_to, tall_up_to;
+  int widths, wide_up_to, tall_up_to, wide_rows;
 };
-constexpr TileRule kForward{kAllWidths, 128, 0}, kForwardTall{kCommonWidths, 128, 80}, kGradQuery{kCommonWidths, 0, 80},
-    kGradKey{kCommonWidths, 64, 0}, kScores{kTwoWidths, 128, 0}, kPolicy{kTwoWidths, 128, 0},
-    kPolicyBackward{kTwoWidths, 64, 0};
+constexpr TileRule kForward{kAllWidths, 128, 0, 64}, kForwardTall{kCommonWidths, 128, 80, 64},
+    kGradQuery{kCommonWidths, 0, 80, 32}, kGradKey{kCommonWidths, 64, 0, 32}, kScores{kTwoWidths, 128, 0, 64},
+    kPolicy{kTwoWidths, 128, 0, 64}, kPolicyBackward{kTwoWidths, 0, 0, 32};
 
-// float and double: tiles whose shared memory fits every supported card (99 KB) in all kernels.
 template <typename T, TileRule Rule, typename F>
 void visit_fma_tile(int64_t dim, F&& f) {
-  constexpr int kSmall = sizeof(T) == 8 ? 32 : 64;
+  constexpr int kShare = sizeof(T) / 4, kRows = 64 / kShare, kWideRows = Rule.wide_rows / kShare;
   if constexpr (Rule.widths == kAllWidths && sizeof(T) == 4) {  // double is there to check gradients
-    if (dim <= 32) return f.template operator()<FmaTile<T, 2, kSmall>>();
-    if (dim > 64 && dim <= 96) return f.template operator()<FmaTile<T, 6, kSmall / 2>>();
+    if (dim <= 32) return f.template operator()<FmaTile<T, 2, kRows, kRows>>();
+    if (dim > 64 && dim <= 96) return f.template operator()<FmaTile<T, 6, kWideRows, kRows / 2>>();
   }
-  if (dim <= 64) return f.template operator()<FmaTile<T, 4, kSmall>>();
-  f.template operator()<FmaTile<T, 8, kSmall / 2>>();
+  if (dim <= 64) return f.template operator()<FmaTile<T, 4, kRows, kRows>>();
+  f.template operator()<FmaTile<T, 8, kWideRows, kRows / 2>>();
 }
 
 // Calls f<Tile>() with the engine for head width `dim`: the next width that has a kernel, the rest is zeros.

@@ -143,6 +143,7 @@ struct SharedLayout {
   static constexpr int kOwnRows = Own * Tile::kRows, kTileRows = Streamed * Tile::kCols;
   static constexpr int kBytes = kOffsetsAt + (kOwnRows + 2 * kTileRows) * 8;
   static_assert(kTileRows <= kThreads && kScratchAt % 16 == 0 && kOffsetsAt % 8 == 0);
+  static_assert(kBytes <= 99 * 1024);  // what every card from sm_80 on grants a block
 
   unsigned char* memory;
   __device__ __forceinline__ T* own(int n) const { return reinterpret_cast<T*>(memory) + n * kOwnTile; }

@@ -161,17 +161,18 @@ struct MmaTile {
   }
 };
 
-// Scores: Rows x Rows, sums: Rows x 16 * DimSlots. 8 x 16 threads; a thread holds Rows / 8 rows and Rows / 16 columns.
-template <typename T, int DimSlots, int Rows>
+// Scores: Rows x Columns, sums: Rows x 16 * DimSlots. 8 x 16 threads; a thread holds Rows / 8 rows and Columns / 16
+// columns.
+template <typename T, int DimSlots, int Rows, int Columns>
 struct FmaTile {
   using Value = T;
   using Stat = T;
   static constexpr bool kMma = false;
   static constexpr int kUnit = kPack<T>;
-  static constexpr int kRows = Rows, kCols = Rows, kDim = 16 * DimSlots, kBands = 1, kStages = 1;
-  static constexpr int kPitch = kDim + kUnit, kWeightPitch = Rows + kUnit;  // odd numbers of 16-byte units
+  static constexpr int kRows = Rows, kCols = Columns, kDim = 16 * DimSlots, kBands = 1, kStages = 1;
+  static constexpr int kPitch = kDim + kUnit, kWeightPitch = Columns + kUnit;  // odd numbers of 16-byte units
   static constexpr int kScratch = Rows * kWeightPitch * static_cast<int>(sizeof(T));
-  static constexpr int kRowSlots = Rows / 8, kColSlots = Rows / 16, kDimSlots = DimSlots;
+  static constexpr int kRowSlots = Rows / 8, kColSlots = Columns / 16, kDimSlots = DimSlots;
   static constexpr int kGroup = DimSlots % kUnit == 0 ? kUnit : DimSlots % 2 == 0 ? 2 : 1;  // dims side by side
 
   template <int N>
