@@ -10,12 +10,14 @@ SOURCES := $(wildcard csrc/*/* csrc/*.cpp) CMakeLists.txt setup.py pyproject.tom
 .DEFAULT_GOAL := demo
 
 $(VENV)/.deps: pyproject.toml
+	@echo "Installing PyTorch and the tools into $(VENV)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/python tools/install_dev.py
 	touch $@
 
 $(VENV)/.built: $(VENV)/.deps $(SOURCES)
+	@echo "Building the kernels: about a minute for the CPU, three more with CUDA"
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 

@@ -243,6 +243,7 @@ def main() -> int:
             except RuntimeError as error:
                 failures.append(f"{source.relative_to(ROOT)} for sm_{arch} does not compile:\n{error}")
     kernels.sort(key=lambda k: (k.unit, k.name, archs.index(k.arch)))
+    broken = bool(failures)
     failures += [f"{k.name} (sm_{k.arch}): {', '.join(k.problems())}" for k in kernels if k.problems()]
 
     print(details(kernels) if args.all else summary(kernels))
@@ -256,7 +257,7 @@ def main() -> int:
         print(f"FAIL {failure}", file=sys.stderr)
     if args.json:
         args.json.write_text(json.dumps([vars(k) for k in kernels], indent=1), encoding="utf-8")
-    if args.write and not failures:
+    if args.write and not broken:
         write_section(args.write, kernels, version)
     return 1 if failures or not kernels else 0
 

@@ -77,7 +77,8 @@ void policy_forward_item(const PolicyParams& p, int64_t item, char* scratch) {
       C* o = out + r * width;
       for (int64_t d = 0; d < dim; ++d) o[d] += eps * mean[d];
       const C total = static_cast<C*>(p.row_sum)[stat_row + begin + r] + eps;
-      narrow<T>(o, static_cast<T*>(p.o) + ((image * n + begin + r) * p.heads + head) * dim, dim, C(1) / total);
+      narrow<T>(o, static_cast<T*>(p.o) + ((image * n + begin + r) * p.heads + head) * dim, dim,
+                total == 0 ? C(0) : C(1) / total);  // every visible key underflowed: zero, not NaN
     }
   }
 }
@@ -126,7 +127,8 @@ void policy_backward_item(const PolicyParams& p, int64_t item, char* scratch) {
     for (int64_t r = 0; r < rows; ++r) {
       C *er = e + r * padded, *gr = g + r * padded;
       C *go = grad_out + r * width, delta = 0;
-      const C inverse = C(1) / (row_sum[begin + r] + eps), share = eps / static_cast<C>(n);
+      const C total = row_sum[begin + r] + eps, inverse = total == 0 ? C(0) : C(1) / total,
+              share = eps / static_cast<C>(n);
       // sum_j G_ij A_ij from the same G as below, not dO_i out_i: where one key holds nearly all the weight, the
       // difference G - delta cancels, and only equal roundings cancel cleanly.
       for (int64_t j = 0; j < n; ++j) {

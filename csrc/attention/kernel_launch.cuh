@@ -82,7 +82,7 @@ void launch_forward(const Launch& launch, const AttentionParams& p, int processo
     const int blocks = blocks_of(p.max_q, Tile::kRows);
     launch(&sparse_attention_kernel<Tile>, sequence_grid(p, blocks), kThreads, ForwardLayout<Tile>::kBytes, p, blocks);
   };
-  const bool fills = p.max_q > 64 && blocks_of(p.max_q, 128) * p.batch * p.heads >= 2 * processors;
+  const bool fills = p.max_q > 64 && p.total_q / 128 * p.heads >= 2 * processors;  // max_q may be far too large
   if (sizeof(T) == 2 && p.dim <= kForwardTall.tall_up_to && fills) {
     visit_tile<T, kForwardTall>(p.dim, run);
   } else {

@@ -29,12 +29,12 @@ int64_t fill_selection(const SelectParams& p) {
 std::tuple<Tensor, Tensor> select_tokens(const Tensor& mask) {
   check_mask("select_tokens", mask);
   const Tensor m = as_contiguous(mask);
-  Tensor slots = torch::stable::new_empty(m, {m.numel()}, ScalarType::Int);
-  Tensor cu = torch::stable::new_empty(m, {m.size(0) + 1}, ScalarType::Int);
-  const int64_t total = fill_selection(
-      {data<bool>(m), mutable_data<int32_t>(slots), mutable_data<int32_t>(cu), m.size(0), m.size(1), m.numel()});
+  const bool* flags = data<bool>(m);
+  int64_t total = 0;  // counting first costs less than a temporary of the largest size
+  for (int64_t i = 0, n = m.numel(); i < n; ++i) total += flags[i];
   Tensor indices = torch::stable::new_empty(m, {total}, ScalarType::Int);
-  std::memcpy(indices.mutable_data_ptr(), slots.const_data_ptr(), total * sizeof(int32_t));
+  Tensor cu = torch::stable::new_empty(m, {m.size(0) + 1}, ScalarType::Int);
+  fill_selection({flags, mutable_data<int32_t>(indices), mutable_data<int32_t>(cu), m.size(0), m.size(1), total});
   return {indices, cu};
 }
 

@@ -137,7 +137,7 @@ void launch_gather(const Launch& launch, const RowParams& p, int64_t element_byt
 
 // The adjoint: map_out[row] = sum of the tokens that name the row, ascending. One warp per row.
 template <typename T, int W>
-__global__ void __launch_bounds__(kBlock, 4) sum_rows(RowParams p, RowTargets targets, LinkSources links) {
+__global__ void __launch_bounds__(kBlock, 3) sum_rows(RowParams p, RowTargets targets, LinkSources links) {
   constexpr int kChunks = 2;
   const int lane = threadIdx.x % 32;
   const T* tokens = static_cast<const T*>(p.tokens);

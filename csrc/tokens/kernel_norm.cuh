@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kBlock, 4) gather_norm_rows(RowParams p) {
 
 // tokens = gradient of the output, tokens_out = gradient of the gathered rows.
 template <typename T, int W, int K>
-__global__ void __launch_bounds__(kBlock, 4) gather_norm_backward_rows(RowParams p) {
+__global__ void __launch_bounds__(kBlock, 2) gather_norm_backward_rows(RowParams p) {
   using A = Acc<T>;
   const int lane = threadIdx.x % 32;
   const A inverse = p.channels > 0 ? A(1) / static_cast<A>(p.channels) : A(0);

@@ -232,6 +232,10 @@ def _picture(entries, images, crop, path) -> Path:
         raise UserError(f"cannot write the picture {path}: {error}") from None
 
 
+def _row_name(row: dict) -> str:
+    return f"{row['name']} {_OPTIONS_SHOWN.get(row['method'], '')}".strip().format(**row["options"])
+
+
 def _tokens_text(tokens: list[float]) -> str:
     return " ".join(f"{count:.0f}" for count in tokens)
 
@@ -244,7 +248,6 @@ def show(result: dict, console: Console) -> None:
     table = Table(title=title)
     columns = (
         "",
-        "tokens per layer",
         "GFLOPs",
         "+ method",
         "latency",
@@ -253,14 +256,13 @@ def show(result: dict, console: Console) -> None:
         "similarity",
     )
     for column in columns:
-        table.add_column(column, justify="left" if column in columns[:2] else "right", overflow="fold")
+        table.add_column(column, justify="left" if column in columns[:1] else "right", overflow="fold")
     labelled = "top1" in result["rows"][0]
     if labelled:
         table.add_column("top-1")
     for row in result["rows"]:
         cells = [
-            f"{row['name']} {_OPTIONS_SHOWN.get(row['method'], '')}".strip().format(**row["options"]),
-            _tokens_text(row["tokens"]),
+            _row_name(row),
             f"{row['gflops']:.2f}",
             f"{row['gflops_overhead']:.3f}",
             f"{row['latency_ms']:.2f} ms",
@@ -270,6 +272,10 @@ def show(result: dict, console: Console) -> None:
         ]
         table.add_row(*cells, *([row["top1"]] if labelled else []))
     console.print(table)
+    tokens = Table("", "tokens per layer", box=None, pad_edge=False)
+    for row in result["rows"]:
+        tokens.add_row(_row_name(row), _tokens_text(row["tokens"]))
+    console.print(tokens)
     console.print(
         "GFLOPs: multiply-adds per image, and what the method adds. "
         "Speed-up and ideal are over 'dense', which uses the same fused attention.",

@@ -241,7 +241,7 @@ void wrong_contents() {
 template <typename T>
 void tall() {  // two bands of rows per warp
   for (const int dim : {32, 64, 80}) {
-    forward<T>({"tall " + std::to_string(dim), {130, 0, 70}, {70, 2, 129}, 1, dim, true, true, 2}, 1);
+    forward<T>({"tall " + std::to_string(dim), {130, 0, 70}, {70, 2, 129}, 1, dim, true, true, 2}, 0);
   }
 }
 

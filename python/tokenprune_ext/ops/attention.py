@@ -439,7 +439,8 @@ def _reference_policy(q, k, v, policy, eps, scale):
     visible = policy[:, None, None, :] * (1 - eye) + eye
     weights = (logits - row_max).exp() * visible
     row_sum = weights.sum(-1, keepdim=True)
-    attention = (weights + eps / max(tokens, 1)) / (row_sum + eps)
+    total = row_sum + eps
+    attention = (weights + eps / max(tokens, 1)) / torch.where(total == 0, 1, total)
     out = torch.einsum("bhqk,bkhd->bqhd", attention, v.to(stat)).to(q.dtype)
     return out, row_max.squeeze(-1), row_sum.squeeze(-1)
 
