@@ -46,7 +46,7 @@ struct Best {
 };
 
 template <typename C>
-void update_best(Best<C>& best, const C* scores, const C* inverse, int64_t first, int64_t width, int64_t n) {
+void update_best(Best<C>& best, const C* scores, const C* inverse, int64_t first, int64_t width) {
   constexpr int w = kLanes<C>;
   typename VecTypes<C>::integer column;
   for (int l = 0; l < w; ++l) column[l] = first + l;
@@ -95,7 +95,7 @@ void match_item(const MatchParams& p, int64_t item, int64_t chunks, char* scratc
     for (int64_t j = 0; j < padded; j += kPanel) {
       const int64_t width = padded - j < kPanel ? padded - j : kPanel;
       Gemm<U>::panels(rows, units, panels + j * units, tile, kPanel, count, width, units);
-      for (int64_t r = 0; r < count; ++r) update_best<C>(best[r], tile + r * kPanel, inverse, j, width, p.nb);
+      for (int64_t r = 0; r < count; ++r) update_best<C>(best[r], tile + r * kPanel, inverse, j, width);
     }
     for (int64_t r = 0; r < count; ++r) {
       const T* x = a(begin + r);
