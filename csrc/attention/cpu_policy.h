@@ -129,8 +129,10 @@ void policy_backward_item(const PolicyParams& p, int64_t item, char* scratch) {
       C *go = grad_out + r * width, delta = 0;
       const C total = row_sum[begin + r] + eps, inverse = total == 0 ? C(0) : C(1) / total,
               share = eps / static_cast<C>(n);
-      // sum_j G_ij A_ij from the same G as below, not dO_i out_i: where one key holds nearly all the weight, the
-      // difference G - delta cancels, and only equal roundings cancel cleanly.
+      // G - sum_k G_ik A_ik does not change when a constant is taken from G (the A_ik sum to 1). Taking the token's own
+      // entry keeps it exact where that token holds nearly all the weight and everything would cancel.
+      const C pivot = gr[begin + r];
+      for (int64_t j = 0; j < n; ++j) gr[j] -= pivot;
       for (int64_t j = 0; j < n; ++j) {
         delta += gr[j] * ((j == begin + r ? er[j] : er[j] * policy[j]) + share) * inverse;
       }

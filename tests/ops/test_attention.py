@@ -364,7 +364,7 @@ SPECS = [
             "large_eps": {"batch": 2, "tokens": 9, "eps": 0.01, "scale": 1.0},
             "wide": {"batch": 1, "tokens": 70, "heads": 3, "dim": 64},
             "all_kept": {"batch": 2, "tokens": 5, "keep": 101},
-            "all_dropped": {"batch": 2, "tokens": 5, "keep": 0, "eps": 0.01},
+            "all_dropped": {"batch": 2, "tokens": 5, "keep": 0},
             "one": {"batch": 1, "tokens": 1, "heads": 1, "dim": 1},
             "no_tokens": {"batch": 2, "tokens": 0},
             "no_images": {"batch": 0, "tokens": 3},
