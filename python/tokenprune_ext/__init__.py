@@ -13,6 +13,8 @@ _LAZY = {
     "unpatch": "._patch",
     "trace": "._patch",
     "features": "._patch",
+    "pack": ".nn",
+    "unpack": ".nn",
     "patched": "._patch",
     "profile": ".profiling",
     "visualize": "._visualize",

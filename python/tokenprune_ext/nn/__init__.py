@@ -2,6 +2,7 @@
 """What models share: the token state and the branches of a pre-norm block."""
 
 from .block import AttentionBranch, BlockParts, BlockRecord, BlockRun, MlpBranch, gather_norm, run_block
+from .packed import PackedLinear, pack, unpack
 from .state import TokenState, pad_rows, row_positions, sequence_of_row, unpad_rows
 
 __all__ = [
@@ -10,11 +11,14 @@ __all__ = [
     "BlockRecord",
     "BlockRun",
     "MlpBranch",
+    "PackedLinear",
     "TokenState",
     "gather_norm",
+    "pack",
     "pad_rows",
     "row_positions",
     "run_block",
     "sequence_of_row",
+    "unpack",
     "unpad_rows",
 ]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import attention_scores, gather_layer_norm, gather_tokens, sparse_attention
+from .packed import PackedLinear, fused_mlp, fusible, idle, plain_norm, plain_scale
 from .state import TokenState, sequence_of_row
 
 _WANTS = (None, "key", "cls", "mean")
@@ -63,9 +64,17 @@ class AttentionBranch:
         self._attn_drop = attn_drop
         self._layer_scale, self._drop_path = layer_scale, drop_path
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether the layers were packed (:func:`tokenprune_ext.pack`), so that the branch beats the model's own code."""
+        return isinstance(self._qkv, PackedLinear)
+
     def qkv(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised tokens ``[..., C]`` -> queries, keys, values, each ``[..., H, D]`` (views of one tensor)."""
-        q, k, v = self._qkv(z).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+        return self._heads(self._qkv(z))
+
+    def _heads(self, qkv):
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
         # A norm computes in float32 under autocast; attention takes one dtype.
         q = q if self._q_norm is None else self._q_norm(q).to(v.dtype)
         k = k if self._k_norm is None else self._k_norm(k).to(v.dtype)
@@ -130,6 +139,21 @@ class AttentionBranch:
         y, product = self.core(z, state, want)
         return self.scale(y, state), product
 
+    def add(self, x: Tensor, state: TokenState, want: str | None = None):
+        """``x`` plus the branch (and the by-product); norm, projection and residual in one pass each when packed."""
+        plain, gamma = plain_scale(self._layer_scale, self._drop_path)
+        norm = plain_norm(self.norm)
+        packed = norm is not None and plain and fusible(self._qkv, x) and fusible(self._proj, x)
+        if packed and self._gate is None and idle(self._proj_drop):
+            mixed, product = self.mix(*self._heads(self._qkv.fused(x, norm=norm)), state, want)
+            mixed = mixed if self._out_norm is None else self._out_norm(mixed)
+            y = self._proj.fused(mixed, residual=x, scale=gamma)
+            return y if want is None else (y, product)
+        if want is None:
+            return x + self(x, state)
+        y, product = self(x, state, want)
+        return x + y, product
+
 
 class MlpBranch:
     """Sub-layer 2 of a block: ``branch(x, state)`` is ``scale(core(norm(x)))``, without the residual."""
@@ -156,6 +180,11 @@ class MlpBranch:
     def __call__(self, x: Tensor, state: TokenState) -> Tensor:
         """Tokens ``[B, N, C]`` or ``[T, C]`` -> the branch, same shape."""
         return self.scale(self.core(self.norm(x), state), state)
+
+    def add(self, x: Tensor, state: TokenState) -> Tensor:
+        """``x`` plus the branch; two passes in all when the layers are packed."""
+        y = fused_mlp(self._mlp, self.norm, x, self._layer_scale, self._drop_path)
+        return x + self(x, state) if y is None else y
 
 
 @dataclass(frozen=True)
@@ -203,10 +232,11 @@ class BlockRun:
         """The block without any reduction."""
         if self.record is not None:
             self._note(x, state, state.lengths(x))
-        if self.parts.original is not None and not state.packed and state.key_bias is None:
+        exact = self.parts.original is not None and not state.packed and state.key_bias is None
+        if exact and not self.parts.attention.is_packed:
             return self.parts.original(x), state
-        x = x + self.parts.attention(x, state)
-        return x + self.parts.mlp(x, state), state
+        x = self.parts.attention.add(x, state)
+        return self.parts.mlp.add(x, state), state
 
     def _note(self, x, state, before):
         if self.record is not None:

@@ -12,6 +12,7 @@ from .. import _library
 _references: dict[str, Callable] = {}
 _ops: dict[str, Callable] = {}
 _warned: set[tuple[str, str]] = set()
+_FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def register(name, *, fake, reference=None, setup_context=None, backward=None, flops=None, vmap=None):
@@ -106,28 +107,16 @@ def check(condition, op, argument, rule, got, *parts, error=ValueError):
 
 def check_floating(op, **tensors):
     """All given tensors are floating and of one dtype (TypeError otherwise) and device (ValueError otherwise)."""
-    first_name, first = next(iter(tensors.items()))
-    allowed = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-    check(
-        isinstance(first, torch.Tensor) and first.dtype in allowed,
-        op,
-        first_name,
-        "be a float32, float64, float16 or bfloat16 tensor",
-        getattr(first, "dtype", type(first)),
-        error=TypeError,
-    )
-    for name, tensor in tensors.items():
-        check(
-            tensor.dtype == first.dtype,
-            op,
-            name,
-            "have the dtype of {} ({})",
-            tensor.dtype,
-            first_name,
-            first.dtype,
-            error=TypeError,
-        )
-        check(tensor.device == first.device, op, name, "be on {}", tensor.device, first.device)
+    (first_name, first), *others = tensors.items()
+    if not isinstance(first, torch.Tensor) or first.dtype not in _FLOATING:
+        got = getattr(first, "dtype", type(first))
+        check(False, op, first_name, "be a float32, float64, float16 or bfloat16 tensor", got, error=TypeError)
+    dtype, device = first.dtype, first.device
+    for name, tensor in others:
+        if tensor.dtype != dtype:
+            check(False, op, name, "have the dtype of {} ({})", tensor.dtype, first_name, dtype, error=TypeError)
+        if tensor.device != device:
+            check(False, op, name, "be on {}", tensor.device, device)
 
 
 def check_index(op, argument, tensor, device, dim=1):

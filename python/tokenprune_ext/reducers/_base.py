@@ -35,11 +35,11 @@ class Reducer(nn.Module):
 
     def attention(self, x: Tensor, state: TokenState, layer: int, branch) -> tuple[Tensor, TokenState]:
         """Around sub-layer 1, residual included."""
-        return x + branch(x, state), state
+        return branch.add(x, state), state
 
     def mlp(self, x: Tensor, state: TokenState, layer: int, branch) -> tuple[Tensor, TokenState]:
         """Around sub-layer 2, residual included."""
-        return x + branch(x, state), state
+        return branch.add(x, state), state
 
     def restore(self, y: Tensor, state: TokenState) -> Tensor:
         """Values aligned with the current patch tokens -> the full grid ``[B, N0, ...]``."""

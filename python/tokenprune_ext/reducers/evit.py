@@ -73,8 +73,7 @@ class EViT(Reducer):
         """Attention with the residual, then selection."""
         if self.keep[layer] == 1 and self.fast_idle:
             return super().attention(x, state, layer, branch)
-        y, score = branch(x, state, want=self.score_mode)
-        x = x + y
+        x, score = branch.add(x, state, want=self.score_mode)
         if state.uniform(x):
             packed = state.packed
             padded, state = state.as_padded(x)

@@ -83,8 +83,7 @@ class ToMe(Reducer):
         """Attention with the residual, then merging."""
         if self.r[layer] == 0:
             return super().attention(x, state, layer, branch)
-        y, metric = branch(x, state, want="key")
-        x = x + y
+        x, metric = branch.add(x, state, want="key")
         if state.uniform(x):
             packed = state.packed
             padded, state = state.as_padded(x)

@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: Apache-2.0
+// The packed linear kernel, compiled once per instruction set.
+//
+// A strip of at most 60 input rows is normalised and packed once; it stays in the second-level cache while the weight
+// panels stream past it. Each block of the result is finished (bias, activation, scale, residual) while it is hot.
+#include "../common/pack.h"
+#include "cpu_kernels.h"
+
+namespace tokenprune {
+inline namespace TOKENPRUNE_ISA {
+namespace {
+
+template <typename T>
+constexpr int64_t kPer = kUsesPairs<T> ? 2 : 1;  // values per unit
+template <typename T>
+constexpr int64_t kPanel = kTileVecs * kLanes<typename Packed<T>::type>;  // columns
+
+template <typename T>
+int64_t units_of(int64_t k) {
+  return ceil_div(k, kPer<T>);
+}
+
+// ---- activations
+
+// gelu(x) = x Phi(x); Phi from erfc(z) = t p(t) exp(-z^2) with t = 1 / (1 + 0.4 z), relative error 1.3e-7.
+inline Vec<float> gelu(Vec<float> x) {
+  const Vec<float> z = (x < Vec<float>{} ? -x : x) * 0.70710678f;
+  const Vec<float> t = 1.0f / (1.0f + 0.4f * z);
+  Vec<float> p = splat(2.513106518e-2f);
+  p = p * t - 9.145074253e-2f;
+  p = p * t + 8.454272881e-2f;
+  p = p * t - 2.803777029e-3f;
+  p = p * t + 7.071572020e-2f;
+  p = p * t + 8.427098849e-2f;
+  p = p * t + 1.039213493e-1f;
+  p = p * t + 1.128347992e-1f;
+  p = p * t + 1.128379310e-1f;
+  const Vec<float> tail = p * t * exp2v(z * z * static_cast<float>(-kLog2E));
+  return x * (x < Vec<float>{} ? tail : 1.0f - tail);
+}
+inline Vec<double> gelu(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] *= 0.5 * __builtin_erfc(-x[i] * 0.70710678118654752440);
+  return x;
+}
+
+template <typename C>
+Vec<C> times_sigmoid(Vec<C> x, Vec<C> u) {  // x / (1 + exp(-u)) without overflow
+  const Vec<C> e = exp2v((u < Vec<C>{} ? u : -u) * static_cast<C>(kLog2E));
+  const Vec<C> s = C(1) / (C(1) + e);
+  return x * (u < Vec<C>{} ? e * s : s);
+}
+
+template <typename C>
+Vec<C> activate(Vec<C> x, int64_t act) {
+  switch (act) {
+    case kGelu: return gelu(x);
+    case kGeluTanh: return times_sigmoid<C>(x, C(1.5957691216057307) * (x + C(0.044715) * x * x * x));
+    case kQuickGelu: return times_sigmoid<C>(x, C(1.702) * x);
+    default: return x;
+  }
+}
+
+// ---- input rows
+
+template <bool Pairs, typename T>
+struct UnitValue {  // what the units of T hold
+  using type = Compute<T>;
+};
+template <typename T>
+struct UnitValue<true, T> {
+  using type = T;
+};
+
+template <typename T>
+struct RowNorm {
+  using C = Compute<T>;
+  C mean, rstd;
+  const T *weight, *bias;
+
+  RowNorm(const PackedLinearParams& p, const T* x)
+      : weight(static_cast<const T*>(p.norm_weight)), bias(static_cast<const T*>(p.norm_bias)) {
+    constexpr int w = kLanes<C>;
+    const int64_t n = p.in_features;
+    // Two passes over a row in the first-level cache: exact where the mean is far from zero.
+    Vec<C> sums{};
+    int64_t c = 0;
+    for (; c + w <= n; c += w) sums += load_wide(x + c);
+    C sum = reduce_add<C>(sums);
+    for (; c < n; ++c) sum += to_float(x[c]);
+    mean = n > 0 ? sum / static_cast<C>(n) : C(0);
+    Vec<C> squares{};
+    for (c = 0; c + w <= n; c += w) {
+      const Vec<C> v = load_wide(x + c) - mean;
+      squares += v * v;
+    }
+    C square = reduce_add<C>(squares);
+    for (; c < n; ++c) square += (to_float(x[c]) - mean) * (to_float(x[c]) - mean);
+    const double variance = n > 0 ? static_cast<double>(square) / static_cast<double>(n) : 0;
+    rstd = static_cast<C>(1 / __builtin_sqrt(variance + p.norm_eps));
+  }
+  Vec<C> wide(const T* x, int64_t c) const {
+    Vec<C> y = (load_wide(x + c) - mean) * rstd;
+    if (weight != nullptr) y *= load_wide(weight + c);
+    if (bias != nullptr) y += load_wide(bias + c);
+    return y;
+  }
+  C one(const T* x, int64_t c) const {
+    C y = (to_float(x[c]) - mean) * rstd;
+    if (weight != nullptr) y *= to_float(weight[c]);
+    if (bias != nullptr) y += to_float(bias[c]);
+    return y;
+  }
+};
+
+// Rows [begin, begin + n) -> units [n, stride]; LayerNorm on the way.
+template <typename T>
+void pack_input(const PackedLinearParams& p, int64_t begin, int64_t n, int64_t stride, typename Packed<T>::type* out) {
+  const RowView<T> rows{static_cast<const T*>(p.x), p.x_stride, 0, p.x_rows, p.indices};
+  const int64_t k = p.in_features, units = units_of<T>(k);
+  if (!p.norm) {
+    for (int64_t i = 0; i < n; ++i) pack_units<T>(rows, begin + i, 1, k, units, out + i * stride);
+    return;
+  }
+  using C = Compute<T>;
+  using S = typename UnitValue<kUsesPairs<T>, T>::type;
+  constexpr int w = kLanes<C>;
+  for (int64_t i = 0; i < n; ++i) {
+    S* to = reinterpret_cast<S*>(out + i * stride);
+    const T* x = rows(begin + i);
+    if (x == nullptr) {
+      __builtin_memset(to, 0, units * sizeof(*out));
+      continue;
+    }
+    const RowNorm<T> norm(p, x);
+    int64_t c = 0;
+    for (; c + w <= k; c += w) store_narrow<S>(to + c, norm.wide(x, c));
+    for (; c < k; ++c) to[c] = from_float<S, C>(norm.one(x, c));
+    if (kUsesPairs<T> && (k & 1)) to[k] = S{};
+  }
+}
+
+// ---- results
+
+// Finish `n` rows of columns [j, j + width) from the block c (row stride kPanel).
+template <typename T>
+void finish(const PackedLinearParams& p, int64_t row, int64_t n, int64_t j, int64_t width, const Compute<T>* c) {
+  using C = Compute<T>;
+  constexpr int w = kLanes<C>;
+  const T* bias = static_cast<const T*>(p.bias);
+  const T* scale = static_cast<const T*>(p.scale);
+  for (int64_t i = 0; i < n; ++i) {
+    T* y = static_cast<T*>(p.y) + (row + i) * p.out_features + j;
+    const T* residual =
+        p.residual == nullptr ? nullptr : static_cast<const T*>(p.residual) + (row + i) * p.residual_stride + j;
+    const C* from = c + i * kPanel<T>;
+    int64_t d = 0;
+    for (; d + w <= width; d += w) {
+      Vec<C> v = load(from + d);
+      if (bias != nullptr) v += load_wide(bias + j + d);
+      v = activate<C>(v, p.act);
+      if (scale != nullptr) v *= load_wide(scale + j + d);
+      if (residual != nullptr) v += load_wide(residual + d);
+      store_narrow<T>(y + d, v);
+    }
+    if (d == width) continue;
+    C tail[w] = {};
+    for (int64_t l = 0; d + l < width; ++l) {
+      tail[l] = from[d + l] + (bias == nullptr ? C(0) : C(to_float(bias[j + d + l])));
+    }
+    store(tail, activate<C>(load(tail), p.act));
+    for (int64_t l = 0; d + l < width; ++l) {
+      C v = tail[l];
+      if (scale != nullptr) v *= to_float(scale[j + d + l]);
+      if (residual != nullptr) v += to_float(residual[d + l]);
+      y[d + l] = from_float<T, C>(v);
+    }
+  }
+}
+
+template <typename T>
+void linear_item(const PackedLinearParams& p, int64_t item, int64_t chunks, char* scratch) {
+  using U = typename Packed<T>::type;
+  using C = Compute<T>;
+  const int64_t k = units_of<T>(p.in_features), stride = k + kLanes<U>;  // rows must not share cache sets
+  const int64_t begin = item / chunks * p.strip, rows = p.rows - begin < p.strip ? p.rows - begin : p.strip;
+  const int64_t panels = ceil_div(p.out_features, kPanel<T>), chunk = item % chunks;
+  Arena arena{scratch};
+  U* input = arena.take<U>(p.strip * stride);
+  C* block = arena.take<C>(p.strip * kPanel<T>);
+  pack_input<T>(p, begin, rows, stride, input);
+  const U* weights = static_cast<const U*>(p.packed);
+  for (int64_t panel = panels * chunk / chunks; panel < panels * (chunk + 1) / chunks; ++panel) {
+    const int64_t j = panel * kPanel<T>, width = p.out_features - j < kPanel<T> ? p.out_features - j : kPanel<T>;
+    const int64_t padded = round_up(width, kLanes<U>);
+    for (int64_t i = 0; i < rows; i += kTileRows) {
+      const int64_t r = rows - i < kTileRows ? rows - i : kTileRows;
+      Gemm<U>::pick(r, padded / kLanes<U>)(input + i * stride, stride, 1, weights + j * k, padded,
+                                           block + i * kPanel<T>, kPanel<T>, k, false);
+    }
+    finish<T>(p, begin, rows, j, width, block);
+  }
+}
+
+// ---- weights
+
+template <typename T>
+void pack_panels(const void* weight, int64_t n, int64_t k, int64_t begin, int64_t end, void* out, char* scratch) {
+  using U = typename Packed<T>::type;
+  const int64_t units = units_of<T>(k);
+  const RowView<T> rows{static_cast<const T*>(weight), k, 0, n, nullptr};
+  U* staged = reinterpret_cast<U*>(scratch);
+  for (int64_t j = begin; j < end; j += kPanel<T>) {
+    const int64_t width = end - j < kPanel<T> ? end - j : kPanel<T>;
+    pack_units<T>(rows, j, width, k, units, staged);
+    pack_columns<U>([&](int64_t i) { return staged + i * units; }, width, units, static_cast<U*>(out) + j * units);
+  }
+}
+
+int64_t packed_bytes(Dtype dtype, int64_t n, int64_t k) {
+  int64_t bytes = 0;
+  visit(dtype, [&]<typename T>() {
+    using U = typename Packed<T>::type;
+    bytes = round_up(n, kLanes<U>) * units_of<T>(k) * static_cast<int64_t>(sizeof(U));
+  });
+  return bytes;
+}
+int64_t panel_width(Dtype dtype) {
+  int64_t width = 1;
+  visit(dtype, [&]<typename T>() { width = kPanel<T>; });
+  return width;
+}
+bool pack(Dtype dtype, const void* weight, int64_t n, int64_t k, int64_t begin, int64_t end, void* out, char* scratch) {
+  return visit(dtype, [&]<typename T>() { pack_panels<T>(weight, n, k, begin, end, out, scratch); });
+}
+int64_t pack_scratch(int64_t k) { return 64 * round_up(k, 2) * 8 + 4096; }
+bool linear(Dtype dtype, const PackedLinearParams& p, int64_t item, int64_t chunks, char* scratch) {
+  return visit(dtype, [&]<typename T>() { linear_item<T>(p, item, chunks, scratch); });
+}
+int64_t linear_scratch(const PackedLinearParams& p) { return 8 * p.strip * (p.in_features + 2 * 64) + 4096; }
+
+}  // namespace
+}  // namespace TOKENPRUNE_ISA
+
+extern const PackedKernels TP_TABLE(packed_kernels) = {packed_bytes, pack,   pack_scratch,
+                                                       panel_width,  linear, linear_scratch};
+
+}  // namespace tokenprune

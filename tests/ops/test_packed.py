@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packed linear layers: values against plain PyTorch, the rules, and what becomes of changed weights."""
+
+import pytest
+import tokenprune_ext
+import torch
+import torch.nn.functional as F
+from tokenprune_ext import ops
+from torch import nn
+
+from tests.conformance import Conformance, OpSpec, Sample, needs_library
+from tests.ops.common import expect
+
+SCHEMAS = [
+    "pack_linear(Tensor weight) -> Tensor",
+    "packed_linear(Tensor x, Tensor packed, SymInt out_features, Tensor? bias, bool norm, Tensor? norm_weight, "
+    "Tensor? norm_bias, float norm_eps, int act, Tensor? scale, Tensor? residual, Tensor? indices) -> Tensor",
+]
+
+CPU_ONLY = True  # elsewhere the vendor's library packs weights by itself
+
+
+# ---------------------------------------------------------------- samples and functions under test
+
+
+def make(rng, rows, inputs, outputs, *, norm=False, act=None, full=False, index=0):
+    def normal(*shape):
+        return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+    tensors = {"x": normal(rows, inputs) + 0.5, "weight": normal(outputs, inputs) / max(inputs, 1) ** 0.5}
+    count = index or rows
+    if index:
+        tensors["index"] = torch.randint(-1, rows, (index,), generator=rng).to(torch.int32)
+    if norm:
+        tensors |= {"norm_weight": normal(inputs), "norm_bias": normal(inputs)}
+    if full:
+        tensors |= {"bias": normal(outputs), "scale": normal(outputs), "residual": normal(count, outputs)}
+    return Sample(tensors, {"act": act, "norm": norm})
+
+
+def run(x, weight, bias=None, norm_weight=None, norm_bias=None, scale=None, residual=None, index=None, *, act, norm):
+    return ops.packed_linear(
+        x,
+        ops.pack_linear(weight),
+        weight.shape[0],
+        bias,
+        norm=(norm_weight, norm_bias, 1e-6) if norm else None,
+        act=act,
+        scale=scale,
+        residual=residual,
+        index=index,
+    )
+
+
+def oracle(x, weight, bias=None, norm_weight=None, norm_bias=None, scale=None, residual=None, index=None, *, act, norm):
+    if norm:
+        x = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, 1e-6)
+    if index is not None:
+        x = torch.cat((x, x.new_zeros(1, x.shape[1])))[index.long()]
+    y = F.linear(x, weight, bias)
+    if act == "quick_gelu":
+        y = y * torch.sigmoid(1.702 * y)
+    elif act is not None:
+        y = F.gelu(y, approximate="tanh" if act == "gelu_tanh" else "none")
+    y = y if scale is None else y * scale
+    return y if residual is None else residual + y
+
+
+SPECS = [
+    OpSpec(
+        "packed_linear",
+        run,
+        oracle,
+        make,
+        cases={
+            "one": {"rows": 1, "inputs": 1, "outputs": 1},
+            "odd": {"rows": 67, "inputs": 33, "outputs": 71, "norm": True, "act": "gelu", "full": True},
+            "strips": {"rows": 125, "inputs": 48, "outputs": 130, "norm": True, "full": True},
+            "gelu_tanh": {"rows": 5, "inputs": 64, "outputs": 64, "act": "gelu_tanh"},
+            "quick_gelu": {"rows": 5, "inputs": 64, "outputs": 64, "act": "quick_gelu", "full": True},
+            "indexed": {"rows": 20, "inputs": 24, "outputs": 40, "norm": True, "full": True, "index": 31},
+            "no_rows": {"rows": 0, "inputs": 8, "outputs": 8, "full": True},
+            "no_outputs": {"rows": 3, "inputs": 8, "outputs": 0},
+            "no_inputs": {"rows": 3, "inputs": 0, "outputs": 5, "full": True},
+        },
+        sized=lambda tokens: {"rows": tokens, "inputs": 32, "outputs": 48, "norm": True, "act": "gelu", "full": True},
+        fuzz={
+            "rows": (0, 130),
+            "inputs": (1, 80),
+            "outputs": (0, 150),
+            "norm": [False, True],
+            "full": [False, True],
+            "act": [None, "gelu"],
+        },
+    )
+]
+
+
+class TestBattery(Conformance):
+    specs = SPECS
+
+
+# ---------------------------------------------------------------- rules
+
+
+def test_errors_name_op_argument_rule_and_value():
+    x, packed = torch.randn(3, 8), ops.pack_linear(torch.randn(5, 8))
+    call = ops.packed_linear
+    expect(ValueError, "packed_linear", "act must be one of", call, x, packed, 5, act="relu")
+    expect(ValueError, "packed_linear", "residual must have shape", call, x, packed, 5, residual=torch.randn(3, 6))
+    expect(TypeError, "packed_linear", "x must be a float32", call, x.int(), packed, 5)
+    expect(ValueError, "pack_linear", "weight must have shape", ops.pack_linear, x[0])
+
+
+@needs_library
+def test_a_packed_weight_of_another_shape_or_dtype_is_refused():
+    x, packed = torch.randn(3, 8), ops.pack_linear(torch.randn(5, 8))
+    with pytest.raises(RuntimeError, match=r"packed must hold a float32 weight \[900, 8\]"):
+        ops.packed_linear(x, packed, 900)
+    with pytest.raises(RuntimeError, match="packed must hold a float64 weight"):
+        ops.packed_linear(x.double(), packed, 5)
+    with pytest.raises(RuntimeError, match=r"indices must be -1 or in \[0, 3\)"):
+        ops.packed_linear(x, packed, 5, index=torch.tensor([0, 3]))
+    with pytest.raises(RuntimeError, match=r"bias must have size 5"):
+        ops.packed_linear(x, packed, 5, torch.randn(4))
+
+
+@needs_library
+def test_differentiating_says_that_it_cannot():
+    y = ops.packed_linear(torch.randn(3, 8, requires_grad=True), ops.pack_linear(torch.randn(5, 8)), 5)
+    with pytest.raises(NotImplementedError, match="packed_linear has no derivative"):
+        y.sum().backward()
+
+
+@needs_library
+@pytest.mark.parametrize("rows", [1, 61, 200])
+def test_results_do_not_depend_on_the_threads(rows):
+    x, packed = torch.randn(rows, 40), ops.pack_linear(torch.randn(300, 40))
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(ops.packed_linear(x, packed, 300, act="gelu"))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@needs_library
+@pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "quick_gelu"])
+def test_activations_at_the_ends(act):
+    x = torch.tensor([[float("nan")], [float("inf")], [1e4], [-1e4], [0.0]])
+    y = ops.packed_linear(x, ops.pack_linear(torch.ones(1, 1)), 1, act=act).flatten()
+    assert y[0].isnan() and y[1:].tolist() == [float("inf"), 1e4, 0.0, 0.0]
+
+
+# ---------------------------------------------------------------- the module
+
+
+def layers():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 8)).eval()
+
+
+@needs_library
+def test_pack_keeps_values_parameters_and_state():
+    model, x = layers(), torch.randn(7, 16)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.no_grad():
+        expected = model(x)
+        assert tokenprune_ext.pack(model) is model
+        torch.testing.assert_close(model(x), expected)
+    assert model.state_dict().keys() == state.keys() and type(model[0]) is tokenprune_ext.nn.PackedLinear
+    tokenprune_ext.unpack(model)
+    assert type(model[0]) is nn.Linear and torch.equal(model(x), expected)
+
+
+@needs_library
+def test_packed_layers_still_train():
+    model, x = tokenprune_ext.pack(layers()), torch.randn(7, 16)
+    plain = layers()
+    model(x).square().sum().backward()
+    plain(x).square().sum().backward()
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+@needs_library
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["in_place", "load", "dtype", "copy", "replaced"])
+def test_the_packed_copy_follows_the_weight(change):
+    import copy
+
+    model, x = tokenprune_ext.pack(layers()), torch.randn(7, 16)
+    model(x)
+    if change == "in_place":
+        model[0].weight.mul_(3)
+    elif change == "load":
+        model.load_state_dict({k: v * 2 for k, v in model.state_dict().items()})
+    elif change == "dtype":
+        model, x = model.double(), x.double()
+    elif change == "copy":
+        model = copy.deepcopy(model)
+        model[0].weight.add_(1)
+    else:
+        model[0].weight = nn.Parameter(torch.randn(24, 16))
+    expected = F.linear(F.gelu(F.linear(x, model[0].weight, model[0].bias)), model[2].weight, model[2].bias)
+    torch.testing.assert_close(model(x), expected)
+
+
+@needs_library
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit3_small_patch16_224", "vit_base_patch16_clip_224"])
+@pytest.mark.parametrize("method", ["tome", "evit"])
+def test_a_packed_reduced_model_equals_the_plain_one(name, method, dtype):
+    import timm
+
+    torch.manual_seed(0)
+    small = {"img_size": 64, "depth": 3, "embed_dim": 48, "num_heads": 3, "num_classes": 10}
+    model = timm.create_model(name, **small).eval()
+    options = {"r": 2} if method == "tome" else {"keep": 0.7, "layers": (1,)}
+    tokenprune_ext.patch(model, method, **options)
+    x = torch.randn(2, 3, 64, 64)
+    expected = model(x)
+    tokenprune_ext.pack(model)
+    got = model.to(dtype)(x.to(dtype)).float()
+    limit = 1e-5 if dtype == torch.float32 else 0.1
+    assert (got - expected).norm() < limit * expected.norm() + limit
+
+
+@needs_library
+@torch.no_grad()
+def test_a_hook_on_a_packed_layer_still_runs():
+    import timm
+
+    model = timm.create_model("deit_tiny_patch16_224", img_size=32, depth=1, embed_dim=48, num_heads=3).eval()
+    tokenprune_ext.pack(tokenprune_ext.patch(model, "tome", r=1))
+    seen = []
+    model.blocks[0].mlp.fc1.register_forward_hook(lambda *a: seen.append(a[2].shape))
+    model.blocks[0].norm1.register_forward_hook(lambda *a: seen.append(a[2].shape))
+    model(torch.randn(1, 3, 32, 32))
+    assert len(seen) == 2
+
+
+@needs_library
+@torch.no_grad()
+def test_packed_layers_compile():
+    model, x = tokenprune_ext.pack(layers()), torch.randn(7, 16)
+    expected = model(x)
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), expected)
+
+
+@needs_library
+def test_saving_a_packed_model_leaves_the_copy_behind(tmp_path):
+    import io
+    import pickle
+
+    model = tokenprune_ext.pack(layers())
+    again = pickle.load(io.BytesIO(pickle.dumps(model)))
+    assert again[0]._copy is None
+    with torch.no_grad():
+        x = torch.randn(2, 16)
+        assert torch.equal(again(x), model(x))
