@@ -9,6 +9,7 @@ at different rates; "other" scales with the number of token visits.
 import copy
 from dataclasses import dataclass, field
 
+import tokenprune_ext
 import torch
 import torch.nn.functional as F
 from tokenprune_ext import _variants
@@ -35,6 +36,7 @@ class Setting:
     batch: int = 1
     promised: bool = False
     quick: bool = True
+    packed: bool = False  # both models with packed weights (tokenprune_ext.pack)
     arguments: dict = field(default_factory=dict)
 
 
@@ -42,6 +44,7 @@ _TOPK = {"selector": "cls", "mode": "topk"}
 _LARGE = {"model": "vit_large_patch16_224", "dtypes": (torch.bfloat16,), "arguments": {"img_size": 512}}
 SETTINGS = (
     Setting("deit_s_224", "deit_small_patch16_224", "tome", {"r": 13}, "r=13", promised=True),
+    Setting("deit_s_224", "deit_small_patch16_224", "tome", {"r": 13}, "r=13", promised=True, packed=True),
     Setting("deit_s_224", "deit_small_patch16_224", "tome", {"r": 13}, "r=13", batch=8, quick=False),
     Setting("deit_s_224", "deit_small_patch16_224", "evit", {"keep": 0.7}, "keep .7 at 3, 6, 9"),
     Setting("deit_s_224", "deit_small_patch16_224", "threshold", _TOPK, "keep .7 .49 .343"),
@@ -115,7 +118,9 @@ def _prepare(context: Context, setting: Setting, dtype: torch.dtype) -> Prepared
     torch.manual_seed(0)
     model = timm.create_model(setting.model, **setting.arguments).eval()
     images, _ = preprocess(load_photo()[0], model)
-    model = model.to(context.device, dtype)
+    plain = model = model.to(context.device, dtype)
+    if setting.packed:
+        model = tokenprune_ext.pack(copy.deepcopy(model))
     images = images.to(context.device, dtype).expand(setting.batch, -1, -1, -1).contiguous()
     reduced = _variants.make(model, "reduced", setting.method, **setting.options).model
     dense = _variants.dense(model).model
@@ -127,15 +132,15 @@ def _prepare(context: Context, setting: Setting, dtype: torch.dtype) -> Prepared
     ideal = _variants.ideal_speedup(macs["dense"], macs["reduced"])
     peers = {
         DENSE: Peer(lambda: dense(images), same=False),
-        "dense timm": Peer(lambda: model(images), same=False),
+        "dense timm": Peer(lambda: plain(images), same=False),
     }
     if setting.promised:
-        compiled = torch.compile(_variants.share(model), dynamic=False)
+        compiled = torch.compile(_variants.share(plain), dynamic=False)
         peers["dense timm, torch.compile"] = Peer(lambda: compiled(images), same=False, slow=True)
     if setting.method == "tome":
         r = setting.options["r"]
-        peers["ToMe in plain PyTorch (eager softmax)"] = Peer(lambda: eager_tome(model, images, r, fused=False))
-        peers["ToMe in plain PyTorch (SDPA with mask)"] = Peer(lambda: eager_tome(model, images, r, fused=True))
+        peers["ToMe in plain PyTorch (eager softmax)"] = Peer(lambda: eager_tome(plain, images, r, fused=False))
+        peers["ToMe in plain PyTorch (SDPA with mask)"] = Peer(lambda: eager_tome(plain, images, r, fused=True))
 
     def extra(samples) -> dict:
         dense_ms, ours_ms = samples[DENSE].median_ms, samples["ours"].median_ms
@@ -167,7 +172,7 @@ def _prepare(context: Context, setting: Setting, dtype: torch.dtype) -> Prepared
         flops=2 * total_macs(macs["reduced"]) * setting.batch,
         bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         targets=(Target(DENSE, IDEAL_SHARE * ideal if promised else None),),
-        verify=_verify(model, setting, images, dtype),
+        verify=_verify(plain, setting, images, dtype),
         extra=extra,
     )
 
@@ -178,5 +183,7 @@ def cases(context: Context):
         if context.quick and not setting.quick:
             continue
         for dtype in setting.dtypes:
-            name = f"{setting.label}_{setting.method}_b{setting.batch}"
+            if setting.packed and context.device.type != "cpu":
+                continue
+            name = f"{setting.label}_{setting.method}_b{setting.batch}{'_packed' if setting.packed else ''}"
             yield Case(name, dtype, lambda s=setting, d=dtype: _prepare(context, s, d))

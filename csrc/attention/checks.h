@@ -99,8 +99,8 @@ struct AttentionCall {
     p.scores_kind = kind;
   }
 
-  Tensor new_values(int64_t rows) const { return torch::stable::new_empty(like, {rows, p.heads, p.dim}); }
-  Tensor new_stats(int64_t size) const { return torch::stable::new_empty(like, {p.heads, size}, stat_dtype(dtype)); }
+  Tensor new_values(int64_t rows) const { return allocate(like, {rows, p.heads, p.dim}); }
+  Tensor new_stats(int64_t size) const { return allocate(like, {p.heads, size}, stat_dtype(dtype)); }
 };
 
 inline void set_backward_inputs(const char* op, AttentionCall& call, const std::optional<Tensor>& grad_out,
@@ -167,8 +167,8 @@ struct PolicyCall {
     return const_cast<void*>(held.emplace_back(as_contiguous(t)).const_data_ptr());
   }
 
-  Tensor new_values() const { return torch::stable::new_empty(like, {p.batch, p.tokens, p.heads, p.dim}); }
-  Tensor new_stats() const { return torch::stable::new_empty(like, {p.batch, p.heads, p.tokens}, stat_dtype(dtype)); }
+  Tensor new_values() const { return allocate(like, {p.batch, p.tokens, p.heads, p.dim}); }
+  Tensor new_stats() const { return allocate(like, {p.batch, p.heads, p.tokens}, stat_dtype(dtype)); }
 };
 
 }  // namespace tokenprune

@@ -6,7 +6,7 @@ namespace tokenprune {
 namespace {
 
 Tensor new_stats_of(const PolicyCall& call, int64_t last, ScalarType dtype) {
-  return torch::stable::new_empty(call.like, {call.p.batch, call.p.heads, last}, dtype);
+  return allocate(call.like, {call.p.batch, call.p.heads, last}, dtype);
 }
 
 std::tuple<Tensor, Tensor, Tensor> policy_attention(const Tensor& q, const Tensor& k, const Tensor& v,

@@ -77,6 +77,28 @@ inline ScalarType stat_dtype(ScalarType values) {
   return values == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// A new contiguous tensor on the device of `like`. Straight from the allocator: torch::stable::new_empty takes two
+// trips through the dispatcher, which small ops feel.
+inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                       std::optional<ScalarType> dtype = std::nullopt) {
+  constexpr size_t kMaxDims = 16;
+  int64_t strides[kMaxDims];
+  STD_TORCH_CHECK(sizes.size() <= kMaxDims, "tokenprune: tensors have at most 16 dimensions, got ", sizes.size());
+  int64_t step = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = step;
+    step *= sizes[d] > 1 ? sizes[d] : 1;
+  }
+  int32_t device_type, device_index, scalar;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  scalar = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype.value_or(like.scalar_type())));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides,
+                                                         scalar, device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // Rows that our kernels read through (row stride, unit inner stride); anything else is copied, knowingly.

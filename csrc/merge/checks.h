@@ -38,12 +38,8 @@ struct MatchCall {
     p.a_index = data<int32_t>(*a), p.b_index = data<int32_t>(*b);
   }
 
-  Tensor new_ints(int64_t columns) const {
-    return torch::stable::new_empty(metric, {p.batch, columns}, ScalarType::Int);
-  }
-  Tensor new_scores() const {
-    return torch::stable::new_empty(metric, {p.batch, p.na}, stat_dtype(metric.scalar_type()));
-  }
+  Tensor new_ints(int64_t columns) const { return allocate(metric, {p.batch, columns}, ScalarType::Int); }
+  Tensor new_scores() const { return allocate(metric, {p.batch, p.na}, stat_dtype(metric.scalar_type())); }
 };
 
 // The rules of protection and output order of bipartite_soft_matching.
@@ -114,10 +110,8 @@ struct MergeCall {
     pointer = held->const_data_ptr();
   }
 
-  Tensor new_stat(int64_t columns) const {
-    return torch::stable::new_empty(x, {p.batch, columns}, stat_dtype(x.scalar_type()));
-  }
-  Tensor new_ints(int64_t columns) const { return torch::stable::new_empty(x, {p.batch, columns}, ScalarType::Int); }
+  Tensor new_stat(int64_t columns) const { return allocate(x, {p.batch, columns}, stat_dtype(x.scalar_type())); }
+  Tensor new_ints(int64_t columns) const { return allocate(x, {p.batch, columns}, ScalarType::Int); }
 };
 
 }  // namespace tokenprune

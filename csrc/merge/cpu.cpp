@@ -125,7 +125,7 @@ std::tuple<Tensor, Tensor> merge_tokens(const Tensor& x, const Tensor& parent, i
   const char* op = "merge_tokens";
   MergeCall call(op, x, parent, out_len, size, mode);
   MergeParams& p = call.p;
-  Tensor y = torch::stable::new_empty(call.x, {p.batch, out_len, p.channels}), size_out = call.new_stat(out_len);
+  Tensor y = allocate(call.x, {p.batch, out_len, p.channels}), size_out = call.new_stat(out_len);
   p.y = y.mutable_data_ptr(), p.size_out = size_out.mutable_data_ptr();
   const Members lists(p);
   const Dtype dtype = kernel_dtype(op, x.scalar_type());

@@ -17,10 +17,10 @@ void run_match(const char* op, const Launcher& launch, MatchCall& call, Tensor& 
   visit_floating_cuda(op, call.metric.scalar_type(), [&]<typename T>() {
     using A = Acc<T>;
     const ScalarType stat = stat_dtype(call.metric.scalar_type());
-    Tensor inverse = torch::stable::new_empty(call.metric, {p.batch, p.tokens}, stat);
+    Tensor inverse = allocate(call.metric, {p.batch, p.tokens}, stat);
     const int64_t parts = match_parts<T>(p), shared_rows = parts > 1 ? parts * p.batch : 0;
-    Tensor part_score = torch::stable::new_empty(call.metric, {shared_rows, p.na}, stat);
-    Tensor part_nearest = torch::stable::new_empty(call.metric, {shared_rows, p.na}, ScalarType::Int);
+    Tensor part_score = allocate(call.metric, {shared_rows, p.na}, stat);
+    Tensor part_nearest = allocate(call.metric, {shared_rows, p.na}, ScalarType::Int);
     MatchParts<A> where;
     where.score = mutable_data<A>(part_score), where.nearest = mutable_data<int32_t>(part_nearest);
     launch_match<T>(launch, p, where, mutable_data<A>(inverse));
@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor> merge_tokens(const Tensor& x, const Tensor& parent, i
   MergeCall call(op, x, parent, out_len, size, mode);
   MergeParams& p = call.p;
   const Launcher launch(x);
-  Tensor y = torch::stable::new_empty(call.x, {p.batch, out_len, p.channels}), size_out = call.new_stat(out_len);
+  Tensor y = allocate(call.x, {p.batch, out_len, p.channels}), size_out = call.new_stat(out_len);
   p.y = y.mutable_data_ptr(), p.size_out = size_out.mutable_data_ptr();
   const Lists lists(call);
   visit_floating_cuda(op, x.scalar_type(), [&]<typename T>() { launch_merge<T>(launch, p); });
@@ -93,7 +93,7 @@ std::tuple<Tensor, Tensor> merge_tokens_backward(const Tensor& grad, const Tenso
     call.set_stat(op, "grad_size_out", *grad_size_out, p.out_len, call.grad_size, p.grad_size_out);
   }
   const Launcher launch(x);
-  Tensor grad_x = torch::stable::new_empty(call.x, {p.batch, p.tokens, p.channels});
+  Tensor grad_x = allocate(call.x, {p.batch, p.tokens, p.channels});
   Tensor grad_size = call.new_stat(p.tokens);
   p.grad_x = grad_x.mutable_data_ptr(), p.grad_size = grad_size.mutable_data_ptr();
   const Lists lists(call);

@@ -22,7 +22,7 @@ Tensor pack_linear(const Tensor& weight_) {
   const Dtype dtype = kernel_dtype(op, weight.scalar_type());
   const PackedKernels& table = kernels(dtype);
   const int64_t n = weight.size(0), k = weight.size(1), width = table.panel_width(dtype);
-  Tensor packed = torch::stable::new_empty(weight, {table.packed_bytes(dtype, n, k)}, ScalarType::Byte);
+  Tensor packed = allocate(weight, {table.packed_bytes(dtype, n, k)}, ScalarType::Byte);
   const void* from = weight.const_data_ptr();
   void* to = packed.mutable_data_ptr();
   parallel_ranges((n + width - 1) / width, width * k, [&](int64_t begin, int64_t end) {
@@ -43,7 +43,7 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t out_features
   const int64_t expected = table.packed_bytes(dtype, out_features, p.in_features);
   TP_CHECK(packed.numel() == expected, op, "packed must hold a ", dtype_name(x.scalar_type()), " weight [",
            out_features, ", ", p.in_features, "] (", expected, " bytes), got ", packed.numel(), " bytes");
-  Tensor y = torch::stable::new_empty(call.x, {p.rows, out_features});
+  Tensor y = allocate(call.x, call.shape);
   p.y = y.mutable_data_ptr();
   if (p.rows == 0 || out_features == 0) return y;
   // Every strip reads the whole weight once: as few as fit the second-level cache, equally long, of whole tiles of 6.

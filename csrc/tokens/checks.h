@@ -97,7 +97,7 @@ struct RowCall {
     p.scale = scale->const_data_ptr();
   }
 
-  Tensor new_stat(int64_t size) const { return torch::stable::new_empty(map, {size}, stat_dtype(map.scalar_type())); }
+  Tensor new_stat(int64_t size) const { return allocate(map, {size}, stat_dtype(map.scalar_type())); }
 };
 
 }  // namespace tokenprune

@@ -43,8 +43,8 @@ std::tuple<Tensor, Tensor> select_tokens(const Tensor& mask) {
   const Tensor m = as_contiguous(mask);
   const bool* flags = data<bool>(m);
   const int64_t total = count_true(flags, m.numel());  // costs less than a temporary of the largest size
-  Tensor indices = torch::stable::new_empty(m, {total}, ScalarType::Int);
-  Tensor cu = torch::stable::new_empty(m, {m.size(0) + 1}, ScalarType::Int);
+  Tensor indices = allocate(m, {total}, ScalarType::Int);
+  Tensor cu = allocate(m, {m.size(0) + 1}, ScalarType::Int);
   fill_selection({flags, mutable_data<int32_t>(indices), mutable_data<int32_t>(cu), m.size(0), m.size(1), total});
   return {indices, cu};
 }
@@ -54,8 +54,8 @@ std::tuple<Tensor, Tensor> select_tokens_capacity(const Tensor& mask, int64_t ca
   check_mask(op, mask);
   TP_CHECK(capacity >= 0, op, "capacity must be >= 0, got ", capacity);
   const Tensor m = as_contiguous(mask);
-  Tensor indices = torch::stable::new_empty(m, {capacity}, ScalarType::Int);
-  Tensor cu = torch::stable::new_empty(m, {m.size(0) + 1}, ScalarType::Int);
+  Tensor indices = allocate(m, {capacity}, ScalarType::Int);
+  Tensor cu = allocate(m, {m.size(0) + 1}, ScalarType::Int);
   int32_t* slots = mutable_data<int32_t>(indices);
   const int64_t total =
       fill_selection({data<bool>(m), slots, mutable_data<int32_t>(cu), m.size(0), m.size(1), capacity});
@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor> select_tokens_capacity(const Tensor& mask, int64_t ca
 Tensor gather_tokens(const Tensor& x, const Tensor& indices) {
   RowCall call("gather_tokens", x, indices);
   const RowParams& p = call.p;
-  Tensor out = torch::stable::new_empty(call.map, {p.count, p.channels});
+  Tensor out = allocate(call.map, {p.count, p.channels});
   const int64_t bytes = p.channels * call.map.element_size(), stride = p.map_stride * call.map.element_size();
   char* to = static_cast<char*>(out.mutable_data_ptr());
   const char* from = static_cast<const char*>(p.map);
@@ -93,7 +93,7 @@ Tensor gather_tokens_backward(const Tensor& grad, const Tensor& indices, int64_t
   RowParams p;
   p.tokens = g.const_data_ptr(), p.token_stride = g.stride(0);
   p.indices = data<int32_t>(index), p.rows = rows, p.count = index.numel(), p.channels = g.size(1);
-  Tensor out = torch::stable::new_empty(g, {rows, p.channels});
+  Tensor out = allocate(g, {rows, p.channels});
   p.map_out = out.mutable_data_ptr();
   // Lists of positions per row, ascending: counting sort.
   std::vector<int32_t> offsets(rows + 2, 0), positions(p.count);
@@ -117,8 +117,7 @@ std::tuple<Tensor, Tensor, Tensor> gather_layer_norm(const Tensor& x, const Tens
   RowCall call(op, x, indices);
   call.set_norm(op, weight, bias);
   RowParams& p = call.p;
-  Tensor out = torch::stable::new_empty(call.map, {p.count, p.channels}), mean = call.new_stat(p.count),
-         rstd = call.new_stat(p.count);
+  Tensor out = allocate(call.map, {p.count, p.channels}), mean = call.new_stat(p.count), rstd = call.new_stat(p.count);
   p.tokens_out = out.mutable_data_ptr(), p.mean = mean.mutable_data_ptr(), p.rstd = rstd.mutable_data_ptr();
   p.eps = eps;
   const Dtype dtype = kernel_dtype(op, x.scalar_type());
@@ -136,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor> gather_layer_norm_backward(const Tensor& grad
   call.set_norm(op, weight, std::nullopt);
   call.set_statistics(op, mean, rstd);
   RowParams& p = call.p;
-  Tensor rows = torch::stable::new_empty(call.map, {p.count, p.channels}), grad_weight = call.new_stat(p.channels),
+  Tensor rows = allocate(call.map, {p.count, p.channels}), grad_weight = call.new_stat(p.channels),
          grad_bias = call.new_stat(p.channels);
   p.tokens_out = rows.mutable_data_ptr();
   const Dtype dtype = kernel_dtype(op, x.scalar_type());
@@ -163,7 +162,7 @@ Tensor scatter_tokens(const Tensor& features, const Tensor& tokens, const Tensor
   RowCall call(op, features, indices, "features");
   call.set_tokens(op, "tokens", tokens);
   call.set_scale(op, scale);
-  Tensor out = torch::stable::new_empty(call.map, {call.p.rows, call.p.channels});
+  Tensor out = allocate(call.map, {call.p.rows, call.p.channels});
   const int64_t bytes = call.p.channels * call.map.element_size(), stride = call.p.map_stride * call.map.element_size();
   char* to = static_cast<char*>(out.mutable_data_ptr());
   const char* from = static_cast<const char*>(call.p.map);
@@ -198,9 +197,9 @@ std::tuple<Tensor, Tensor, Tensor> scatter_tokens_backward(const Tensor& grad, c
   TP_CHECK(!scale.has_value() || tokens.has_value(), op, "tokens must be given when scale is, got none");
   if (tokens.has_value()) call.set_tokens(op, "tokens", *tokens);
   call.set_scale(op, scale);
-  Tensor grad_tokens = torch::stable::new_empty(call.map, {p.count, p.channels}),
+  Tensor grad_tokens = allocate(call.map, {p.count, p.channels}),
          grad_scale = call.new_stat(scale.has_value() ? p.count : 0),
-         grad_features = torch::stable::new_empty(call.map, {p.rows, p.channels});
+         grad_features = allocate(call.map, {p.rows, p.channels});
   p.tokens_out = grad_tokens.mutable_data_ptr(), p.scale_grad = grad_scale.mutable_data_ptr();
   const Dtype dtype = kernel_dtype(op, grad.scalar_type());
   parallel_ranges(p.count, p.channels / 4,

@@ -10,10 +10,8 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
-Tensor new_rows(const Tensor& like, int64_t rows, int64_t columns) {
-  return torch::stable::new_empty(like, {rows, columns});
-}
-Tensor new_ints(const Tensor& like, int64_t count) { return torch::stable::new_empty(like, {count}, ScalarType::Int); }
+Tensor new_rows(const Tensor& like, int64_t rows, int64_t columns) { return allocate(like, {rows, columns}); }
+Tensor new_ints(const Tensor& like, int64_t count) { return allocate(like, {count}, ScalarType::Int); }
 
 SelectParams select_params(const Tensor& mask, const Tensor& cu_seqlens, int64_t capacity) {
   return {data<bool>(mask), nullptr, mutable_data<int32_t>(cu_seqlens), mask.size(0), mask.size(1), capacity};

@@ -99,6 +99,10 @@ SPECS = [
 class TestBattery(Conformance):
     specs = SPECS
 
+    @pytest.fixture
+    def device(self):
+        return torch.device("cpu")
+
 
 # ---------------------------------------------------------------- rules
 

@@ -124,29 +124,31 @@ def methods(model: nn.Module) -> dict:
 
 def parts(block: nn.Module) -> BlockParts:
     """A timm block as branches over its own submodules."""
-    post = not hasattr(block, "ls1")  # ResPostBlock: the norm sits behind the branch, where LayerScale would be
-    attn = block.attn
+    own, inner = block._modules, block.attn._modules  # plain dictionaries: this runs at every forward
+    post = "ls1" not in own  # ResPostBlock: the norm sits behind the branch, where LayerScale would be
+    attn, norm1, norm2 = own["attn"], own["norm1"], own["norm2"]
+    dropped = inner["attn_drop"]
     attention = AttentionBranch(
-        _same if post else block.norm1,
-        attn.qkv,
-        attn.proj,
+        _same if post else norm1,
+        inner["qkv"],
+        inner["proj"],
         num_heads=attn.num_heads,
         head_dim=attn.head_dim,
         scale=attn.scale,
-        q_norm=_present(attn.q_norm),
-        k_norm=_present(attn.k_norm),
-        out_norm=_present(getattr(attn, "norm", None)),  # absent in older timm
-        gate=getattr(attn, "gate", None),
-        proj_drop=attn.proj_drop,
-        attn_drop=attn.attn_drop.p if attn.attn_drop.training else 0.0,
-        layer_scale=block.norm1 if post else _present(block.ls1),
-        drop_path=block.drop_path1,
+        q_norm=_present(inner["q_norm"]),
+        k_norm=_present(inner["k_norm"]),
+        out_norm=_present(inner.get("norm")),  # absent in older timm
+        gate=inner.get("gate"),
+        proj_drop=inner["proj_drop"],
+        attn_drop=dropped.p if dropped.training else 0.0,
+        layer_scale=norm1 if post else _present(own["ls1"]),
+        drop_path=own["drop_path1"],
     )
     mlp = MlpBranch(
-        _same if post else block.norm2,
-        block.mlp,
-        layer_scale=block.norm2 if post else _present(block.ls2),
-        drop_path=block.drop_path2,
+        _same if post else norm2,
+        own["mlp"],
+        layer_scale=norm2 if post else _present(own["ls2"]),
+        drop_path=own["drop_path2"],
     )
     return BlockParts(attention, mlp, block)
 

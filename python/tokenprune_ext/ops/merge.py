@@ -149,29 +149,27 @@ def merge_tokens(
     """
     op = "merge_tokens"
     check_floating(op, x=x)
-    check(x.dim() == 3, op, "x", "have shape [B, T, C]", tuple(x.shape))
-    check(mode in _MODES, op, "mode", "be one of {}", repr(mode), list(_MODES))
-    stat = stat_dtype(x.dtype)
+    if x.dim() != 3:
+        check(False, op, "x", "have shape [B, T, C]", tuple(x.shape))
+    if mode not in _MODES:
+        check(False, op, "mode", "be one of {}", repr(mode), list(_MODES))
+    lead = x.shape[:2]
+    parent, stat = matching.parent, stat_dtype(x.dtype)
     if size is not None:
-        check(
-            tuple(size.shape) == tuple(x.shape[:2]), op, "size", "have shape {}", tuple(size.shape), list(x.shape[:2])
-        )
-        check(size.device == x.device, op, "size", "be on {}", size.device, x.device)
-        size = size.to(stat)
-    if matching.parent is None:
-        return x, torch.ones(x.shape[:2], dtype=stat, device=x.device) if size is None else size
-    check(
-        tuple(matching.parent.shape) == tuple(x.shape[:2]),
-        op,
-        "matching",
-        "be of {} tokens",
-        tuple(matching.parent.shape),
-        list(x.shape[:2]),
-    )
-    check(matching.parent.device == x.device, op, "matching", "be on {}", matching.parent.device, x.device)
+        if size.shape != lead:
+            check(False, op, "size", "have shape {}", tuple(size.shape), list(lead))
+        if size.device != x.device:
+            check(False, op, "size", "be on {}", size.device, x.device)
+        size = size if size.dtype == stat else size.to(stat)
+    if parent is None:
+        return x, torch.ones(lead, dtype=stat, device=x.device) if size is None else size
+    if parent.shape != lead:
+        check(False, op, "matching", "be of {} tokens", tuple(parent.shape), list(lead))
+    if parent.device != x.device:
+        check(False, op, "matching", "be on {}", parent.device, x.device)
     if mode == "weighted" and size is None:
         mode = "mean"  # the same thing when every token counts once
-    return call(op, x.device, x, matching.parent, matching.num_tokens_out, size, _MODES[mode])
+    return call(op, x.device, x, parent, matching.num_tokens_out, size, _MODES[mode])
 
 
 def unmerge_tokens(y: Tensor, matching: Matching) -> Tensor:

@@ -73,42 +73,19 @@ def packed_linear(
     op = "packed_linear"
     check_floating(op, x=x)
     _on_cpu(op, "x", x)
-    check(act in ACTIVATIONS, op, "act", "be one of {}", repr(act), ACTIVATIONS)
-    check(x.dim() >= 1, op, "x", "have shape [..., K]", tuple(x.shape))
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    indices = None
+    if act not in ACTIVATIONS:
+        check(False, op, "act", "be one of {}", repr(act), ACTIVATIONS)
     if index is not None:
         check(x.dim() == 2, op, "x", "have shape [R, K] with an index", tuple(x.shape))
-        indices = check_index(op, "index", index.indices if isinstance(index, TokenIndex) else index, x.device)
-    lead = x.shape[:-1] if indices is None else indices.shape
+        index = check_index(op, "index", index.indices if isinstance(index, TokenIndex) else index, x.device)
     if residual is not None:
-        check(
-            residual.shape == (*lead, out_features),
-            op,
-            "residual",
-            "have shape {}",
-            tuple(residual.shape),
-            (*lead, out_features),
-        )
-        residual = residual.reshape(-1, out_features)
-    norm_weight, norm_bias, eps = (None, None, 0.0) if norm is None else norm
-    y = call(
-        op,
-        x.device,
-        rows,
-        packed,
-        out_features,
-        bias,
-        norm is not None,
-        norm_weight,
-        norm_bias,
-        float(eps),
-        ACTIVATIONS.index(act),
-        scale,
-        residual,
-        indices,
-    )
-    return y.view(*lead, out_features)
+        shape = (*(x.shape[:-1] if index is None else index.shape), out_features)
+        if residual.shape != shape:
+            check(False, op, "residual", "have shape {}", tuple(residual.shape), shape)
+    normed = norm is not None
+    weight, shift, eps = norm if normed else (None, None, 0.0)
+    number = ACTIVATIONS.index(act)
+    return call(op, x.device, x, packed, out_features, bias, normed, weight, shift, eps, number, scale, residual, index)
 
 
 # ---------------------------------------------------------------- checks
@@ -129,11 +106,11 @@ def _fake_pack(weight):
 
 
 def _fake_linear(x, packed, out_features, bias, norm, norm_weight, norm_bias, eps, act, scale, residual, indices):
-    return x.new_empty((x if indices is None else indices).shape[0], out_features)
+    return x.new_empty(*(x.shape[:-1] if indices is None else indices.shape), out_features)
 
 
 def _flops_linear(x, packed, out_features, *args, out_val=None, **kwargs):
-    return 2 * out_val.shape[0] * out_features * x.shape[1]
+    return 2 * out_val.numel() * x.shape[-1]
 
 
 def _reference_pack(weight):
@@ -141,7 +118,7 @@ def _reference_pack(weight):
 
 
 def _reference_linear(x, packed, out_features, bias, norm, norm_weight, norm_bias, eps, act, scale, residual, indices):
-    weight = packed.view(x.dtype).view(out_features, x.shape[1])
+    weight = packed.view(x.dtype).view(out_features, x.shape[-1])
     stat = stat_dtype(x.dtype)
 
     def wide(t):
