@@ -61,10 +61,27 @@ void rank_image(const SelectMergeParams& p, const C* score, const int32_t* neare
   }
 }
 
+// A metric per head [B, T, H, D] -> its mean [B, T, D]; a plain metric as it is.
+Tensor without_heads(const char* op, const Tensor& metric) {
+  if (metric.dim() != 4) return metric;
+  check_floating(op, "metric", metric);
+  TP_CHECK(metric.size(2) > 0, op, "metric must have at least one head, got ", shape_text(metric));
+  const Tensor keys = inner_contiguous(metric);
+  Tensor mean = allocate(keys, {keys.size(0), keys.size(1), keys.size(3)});
+  HeadsParams p;
+  p.keys = keys.const_data_ptr(), p.mean = mean.mutable_data_ptr();
+  p.tokens = keys.size(1), p.heads = keys.size(2), p.dim = keys.size(3);
+  p.batch_stride = keys.stride(0), p.token_stride = keys.stride(1), p.head_stride = keys.stride(2);
+  const Dtype dtype = kernel_dtype(op, keys.scalar_type());
+  parallel_ranges(keys.size(0) * p.tokens, p.heads * p.dim / 8,
+                  [&](int64_t begin, int64_t end) { kernels(dtype).mean_heads(dtype, p, begin, end); });
+  return mean;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> bipartite_soft_matching(const Tensor& metric, int64_t r, bool class_token,
                                                                    bool distill_token, int64_t num_prefix) {
   const char* op = "bipartite_soft_matching";
-  MatchCall call(op, metric);
+  MatchCall call(op, without_heads(op, metric));
   SelectMergeParams s = bipartite_rules(op, call.p, r, class_token, distill_token, num_prefix);
   Tensor score = call.new_scores(), nearest = call.new_ints(call.p.na);
   run_match(op, call, score, nearest);

@@ -9,6 +9,28 @@ namespace {
 
 constexpr int64_t kRows = 48;  // a-tokens per strip
 
+template <typename T>
+void mean_rows(const HeadsParams& p, int64_t begin, int64_t end) {
+  using C = Compute<T>;
+  constexpr int w = kLanes<C>;
+  const C factor = C(1) / static_cast<C>(p.heads);
+  for (int64_t i = begin; i < end; ++i) {
+    const T* x = static_cast<const T*>(p.keys) + i / p.tokens * p.batch_stride + i % p.tokens * p.token_stride;
+    T* to = static_cast<T*>(p.mean) + i * p.dim;
+    int64_t d = 0;
+    for (; d + w <= p.dim; d += w) {
+      Vec<C> sum{};
+      for (int64_t h = 0; h < p.heads; ++h) sum += load_wide(x + h * p.head_stride + d);
+      store_narrow<T>(to + d, sum * factor);
+    }
+    for (; d < p.dim; ++d) {
+      C sum = 0;
+      for (int64_t h = 0; h < p.heads; ++h) sum += to_float(x[h * p.head_stride + d]);
+      to[d] = from_float<T, C>(sum * factor);
+    }
+  }
+}
+
 // ---- matching: scores of a strip against one panel of b-tokens live in the first-level cache and are never stored
 
 int64_t match_scratch(const MatchParams& p) {
@@ -210,6 +232,9 @@ void merge_rows_backward(const MergeParams& p, int64_t begin, int64_t end) {
   }
 }
 
+bool mean_heads(Dtype d, const HeadsParams& p, int64_t begin, int64_t end) {
+  return visit(d, [&]<typename T>() { mean_rows<T>(p, begin, end); });
+}
 bool match(Dtype d, const MatchParams& p, int64_t item, int64_t chunks, char* scratch) {
   return visit(d, [&]<typename T>() { match_item<T>(p, item, chunks, scratch); });
 }
@@ -223,6 +248,6 @@ bool merge_backward(Dtype d, const MergeParams& p, int64_t begin, int64_t end) {
 }  // namespace
 }  // namespace TOKENPRUNE_ISA
 
-extern const MergeKernels TP_TABLE(merge_kernels) = {match_scratch, match, merge, merge_backward};
+extern const MergeKernels TP_TABLE(merge_kernels) = {mean_heads, match_scratch, match, merge, merge_backward};
 
 }  // namespace tokenprune

@@ -9,6 +9,9 @@
 namespace tokenprune {
 
 struct MergeKernels {
+  // Mean over the heads of tokens [begin, end) of all images: keys [B, T, H, D] (any strides but the last) -> [B, T,
+  // D].
+  bool (*mean_heads)(Dtype, const HeadsParams&, int64_t begin, int64_t end);
   int64_t (*match_scratch)(const MatchParams&);
   // One chunk of the a-tokens of one image; item = image * chunks + chunk.
   bool (*match)(Dtype, const MatchParams&, int64_t item, int64_t chunks, char* scratch);

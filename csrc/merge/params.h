@@ -17,6 +17,13 @@ struct MatchParams {
   int32_t* nearest = nullptr;            // [batch, na]
 };
 
+// A metric per head, averaged before matching.
+struct HeadsParams {
+  const void* keys = nullptr;  // [batch, tokens, heads, dim], unit inner stride
+  int64_t tokens = 0, heads = 0, dim = 0, batch_stride = 0, token_stride = 0, head_stride = 0;
+  void* mean = nullptr;  // [batch, tokens, dim]
+};
+
 struct SelectMergeParams {  // from scores to unm, src, dst, parent
   const void* score = nullptr;
   const int32_t* nearest = nullptr;

@@ -3,8 +3,8 @@
 #include "../common/check.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tokenprune, m) {
-  // metric [B, T, C]; r is the exact number of merges. unm [B, ceil(T/2)-r] and src [B, r] count even tokens, dst [B,
-  // r] odd tokens; parent [B, T]. Ties: the lower index first.
+  // metric [B, T, C], on the CPU also [B, T, H, D], averaged over H; r is the exact number of merges. unm [B,
+  // ceil(T/2)-r] and src [B, r] count even tokens, dst [B, r] odd tokens; parent [B, T]. Ties: the lower index first.
   m.def(
       "bipartite_soft_matching(Tensor metric, SymInt r, bool class_token, bool distill_token, SymInt num_prefix) -> "
       "(Tensor unm, Tensor src, Tensor dst, Tensor parent)");

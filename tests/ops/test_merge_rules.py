@@ -226,3 +226,22 @@ def test_raw_errors(case):
 @needs_library
 def test_parent_contents_are_checked_through_the_public_function():
     expect(RuntimeError, "merge_tokens", "parent must", ops.merge_tokens, M, matching_of(PARENT, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("heads, dim", [(1, 16), (3, 20), (6, 64)])
+def test_keys_of_all_heads_are_averaged(heads, dim, dtype, device):
+    """[B, T, H, D] matches as its mean does, also as a view of a packed projection."""
+    rng = torch.Generator().manual_seed(heads)
+    qkv = torch.randn(2, 21, 3, heads, dim, generator=rng).to(device, dtype)
+    keys = qkv[:, :, 1]
+    ours = ops.bipartite_soft_matching(keys, 4, class_token=True)
+    mean = ops.bipartite_soft_matching(keys.mean(2), 4, class_token=True)
+    assert torch.equal(ours.parent, mean.parent) and torch.equal(ours.dst, mean.dst)
+
+
+def test_a_metric_without_heads_is_refused(device):
+    if device.type != "cpu":
+        pytest.skip("averaged before the op elsewhere")
+    with pytest.raises(RuntimeError, match="metric must have at least one head"):
+        ops.bipartite_soft_matching(torch.randn(1, 8, 0, 4), 2)

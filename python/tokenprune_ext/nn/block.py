@@ -16,7 +16,7 @@ from ..ops import attention_scores, gather_layer_norm, gather_tokens, sparse_att
 from .packed import PackedLinear, fused_mlp, fusible, idle, plain_norm, plain_scale
 from .state import TokenState, sequence_of_row
 
-_WANTS = (None, "key", "cls", "mean")
+_WANTS = (None, "key", "keys", "cls", "mean")
 
 
 class AttentionBranch:
@@ -102,6 +102,8 @@ class AttentionBranch:
         product = None
         if want == "key":
             product = k.mean(1).view(*lead, self.head_dim)
+        elif want == "keys":
+            product = k.view(*lead, self.num_heads, self.head_dim)
         elif want == "cls":
             product = cls[0].mean(0).view(lead)
         elif want == "mean":
@@ -129,7 +131,7 @@ class AttentionBranch:
         """Tokens ``[B, N, C]`` or ``[T, C]`` -> the branch, same shape.
 
         ``want`` asks for a by-product and returns ``(branch, by-product)``:
-            ``"key"``: keys averaged over heads, ``[..., D]``;
+            ``"key"``: keys averaged over heads, ``[..., D]``; ``"keys"``: of all heads, ``[..., H, D]``;
             ``"cls"``: attention of the first token of each image, averaged over heads, ``[...]``;
             ``"mean"``: attention each token receives, averaged over queries and heads, ``[...]``.
         """

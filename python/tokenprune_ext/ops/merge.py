@@ -59,7 +59,7 @@ def bipartite_soft_matching(
     is ``[unm..., odd...]``, with prefix tokens kept in front, in place. No gradient flows to the metric.
 
     Args:
-        metric: ``[B, T, C]``.
+        metric: ``[B, T, C]``, or ``[B, T, H, D]`` (keys), averaged over the heads.
         r: merges wanted; at most half of the unprotected tokens merge.
         class_token: token 0 never merges. distill_token: nothing merges into token 1 either.
         num_prefix: the first ``num_prefix`` tokens never merge (instead of the two flags).
@@ -68,16 +68,14 @@ def bipartite_soft_matching(
         ValueError: metric is not 3-D, r is negative, or num_prefix is given beside a flag.
     """
     op = "bipartite_soft_matching"
-    _check_metric(op, metric)
+    if metric.dim() == 4 and metric.device.type != "cpu":
+        metric = metric.mean(2)  # elsewhere not part of the kernel
+    _check_metric(op, metric, heads=True)
     check(r >= 0, op, "r", "be >= 0", r)
-    check(
-        num_prefix is None or not (class_token or distill_token),
-        op,
-        "num_prefix",
-        "not be given with class_token or distill_token",
-        num_prefix,
-    )
-    check(num_prefix is None or num_prefix >= 0, op, "num_prefix", "be >= 0", num_prefix)
+    if num_prefix is not None:
+        lone = not (class_token or distill_token)
+        check(lone, op, "num_prefix", "not be given with class_token or distill_token", num_prefix)
+        check(num_prefix >= 0, op, "num_prefix", "be >= 0", num_prefix)
     tokens = metric.shape[1]
     protected = int(class_token) + int(distill_token) if num_prefix is None else num_prefix
     r = min(r, (tokens - protected) // 2)
@@ -202,13 +200,14 @@ def merge_sources(matching: Matching, source: Tensor | None = None) -> Tensor | 
 # ---------------------------------------------------------------- checks and helpers
 
 
-def _check_metric(op, metric):
+def _check_metric(op, metric, heads=False):
     check_floating(op, metric=metric)
-    check(metric.dim() == 3, op, "metric", "have shape [B, T, C]", tuple(metric.shape))
+    if metric.dim() != 3 and not (heads and metric.dim() == 4):
+        check(False, op, "metric", "have shape [B, T, C]{}", tuple(metric.shape), " or [B, T, H, D]" if heads else "")
 
 
 def _identity(metric):
-    batch, tokens, _ = metric.shape
+    batch, tokens = metric.shape[:2]
     even = torch.arange((tokens + 1) // 2, dtype=torch.int32, device=metric.device).expand(batch, -1)
     return Matching(even, even[:, :0], even[:, :0], None, tokens)
 
@@ -232,7 +231,7 @@ def _parent(tokens, source, nearest, destination):
 
 
 def _fake_matching(metric, r, class_token, distill_token, num_prefix):
-    batch, tokens, _ = metric.shape
+    batch, tokens = metric.shape[:2]
     src = metric.new_empty(batch, r, dtype=torch.int32)
     unm = metric.new_empty(batch, (tokens + 1) // 2 - r, dtype=torch.int32)
     return unm, src, torch.empty_like(src), metric.new_empty(batch, tokens, dtype=torch.int32)
@@ -301,6 +300,7 @@ def _reference_nearest(metric, a_index, b_index):
 
 
 def _reference_matching(metric, r, class_token, distill_token, num_prefix):
+    metric = metric.mean(2) if metric.dim() == 4 else metric
     batch, tokens, _ = metric.shape
     na, nb = (tokens + 1) // 2, tokens // 2
     protect_a = (num_prefix + 1) // 2 or int(class_token)

@@ -83,13 +83,13 @@ class ToMe(Reducer):
         """Attention with the residual, then merging."""
         if self.r[layer] == 0:
             return super().attention(x, state, layer, branch)
-        x, metric = branch.add(x, state, want="key")
+        x, keys = branch.add(x, state, want="keys")
         if state.uniform(x):
             packed = state.packed
             padded, state = state.as_padded(x)
-            padded, state = self._merge(padded, metric.reshape(*padded.shape[:2], -1), state, self.r[layer])
+            padded, state = self._merge(padded, keys.reshape(*padded.shape[:2], *keys.shape[-2:]), state, self.r[layer])
             return state.as_packed(padded) if packed else (padded, state)
-        return self._merge_ragged(x, metric, state, self.r[layer])
+        return self._merge_ragged(x, keys.mean(-2), state, self.r[layer])
 
     def restore(self, y: Tensor, state: TokenState) -> Tensor:
         """Every patch takes the value of the token it was merged into: ``[B, n, ...] -> [B, N0, ...]``."""
