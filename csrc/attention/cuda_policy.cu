@@ -40,13 +40,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_attention_backward(const Tenso
   p.row_sum = call.set_rowstat(op, "row_sum", row_sum);
   Tensor grad_q = call.new_values(), grad_k = call.new_values(), grad_v = call.new_values(),
          grad_policy = call.new_stats();
-  Tensor value_sum = new_stats_of(call, p.dim, stat_dtype(call.dtype)), row_grad = call.new_stats(),
-         top_grad = call.new_stats(), top = new_stats_of(call, p.tokens, ScalarType::Int);
+  Tensor pivot = call.new_stats(), row_grad = call.new_stats(), top_grad = call.new_stats(),
+         top = new_stats_of(call, p.tokens, ScalarType::Int);
   p.grad_q = grad_q.mutable_data_ptr(), p.grad_k = grad_k.mutable_data_ptr(), p.grad_v = grad_v.mutable_data_ptr();
   p.grad_policy = grad_policy.mutable_data_ptr();
-  attention::PolicyWorkspace workspace{nullptr, row_grad.mutable_data_ptr(), top_grad.mutable_data_ptr(),
-                                       mutable_data<int32_t>(top)};
-  if (eps != 0) workspace.value_sum = value_sum.mutable_data_ptr();
+  const attention::PolicyWorkspace workspace{nullptr, pivot.mutable_data_ptr(), row_grad.mutable_data_ptr(),
+                                             top_grad.mutable_data_ptr(), mutable_data<int32_t>(top)};
   const Launcher launch(q);
   visit_floating_cuda(op, call.dtype,
                       [&]<typename T>() { attention::launch_policy_backward<T>(launch, p, workspace); });

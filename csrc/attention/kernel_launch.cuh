@@ -143,23 +143,21 @@ void launch_policy(const Launch& launch, const PolicyParams& p, const PolicyWork
   });
 }
 
+// The workspace of the backward: value_sum is not read.
 template <typename T, typename Launch>
 void launch_policy_backward(const Launch& launch, const PolicyParams& p, const PolicyWorkspace& w) {
   if (p.batch * p.tokens * p.heads == 0) return;
-  if (w.value_sum != nullptr && p.dim > 0) {
-    launch(&policy_value_sum_kernel<T>, dim3(static_cast<unsigned>(p.batch * p.heads)), kThreads, 0, p, w);
-  }
-  const bool packs = packable_rows<T>(p.grad_out, p.dim) && packable_rows<T>(p.out, p.dim) &&
-                     p.grad_out_batch % kPack<T> == 0 && p.out_batch % kPack<T> == 0;
+  const bool packs = packable_rows<T>(p.grad_out, p.dim) && packable_rows<T>(p.v, p.dim) &&
+                     p.grad_out_batch % kPack<T> == 0 && p.v_batch % kPack<T> == 0;
   const int log_lanes = log_lanes_for(packs ? p.dim / kPack<T> : p.dim);
-  launch(packs ? &policy_row_kernel<T, kPack<T>> : &policy_row_kernel<T, 1>,
+  launch(packs ? &policy_pivot_kernel<T, kPack<T>> : &policy_pivot_kernel<T, 1>,
          row_grid(p.batch * p.heads * p.tokens, log_lanes), kThreads, 0, p, w, log_lanes);
   visit_tile<T, kPolicyBackward>(p.dim, [&]<typename Tile>() {
     const int blocks = blocks_of(p.tokens, Tile::kRows);
-    launch(&policy_grad_query_kernel<Tile>, policy_grid(p, blocks), kThreads, PolicyGradQueryLayout<Tile>::kBytes, p, w,
-           blocks);
-    launch(&policy_grad_key_kernel<Tile>, policy_grid(p, blocks), kThreads, PolicyGradKeyLayout<Tile>::kBytes, p, w,
-           blocks);
+    const dim3 grid = policy_grid(p, blocks);
+    launch(&policy_row_kernel<Tile>, grid, kThreads, PolicyGradQueryLayout<Tile>::kBytes, p, w, blocks);
+    launch(&policy_grad_query_kernel<Tile>, grid, kThreads, PolicyGradQueryLayout<Tile>::kBytes, p, w, blocks);
+    launch(&policy_grad_key_kernel<Tile>, grid, kThreads, PolicyGradKeyLayout<Tile>::kBytes, p, w, blocks);
   });
 }
 

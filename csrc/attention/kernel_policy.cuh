@@ -2,20 +2,22 @@
 // Attention under a key policy with straight-through gradients. With a_ij = scale q_i.k_j, m_i = max_j a_ij over ALL
 // keys, p_ij = 1 if i = j else policy_j:
 //   U_ij = exp(a_ij - m_i) p_ij,  S_i = sum_j U_ij,  A_ij = (U_ij + eps / N) / (S_i + eps),  out = A v
-// Backward with G_ij = dO_i.v_j:
-//   T_i = dO_i.out_i,  dU_ij = (G_ij - T_i) / (S_i + eps),  dpolicy_j = sum_{i != j} dU_ij exp(a_ij - m_i)
-//   da_ij = dU_ij U_ij - [j = argmax_i] W_i,  W_i = sum_k dU_ik U_ik = eps (T_i - dO_i.mean(v)) / (S_i + eps)
+// Backward with G_ij = dO_i.v_j - dO_i.v_i (taking a constant from a row changes nothing, as A_ij sums to 1, and the
+// token's own entry makes G_ii exactly 0: no cancellation where that token holds nearly all the weight):
+//   X_i = sum_j G_ij U_ij,  Y_i = sum_j G_ij / N,  T_i = (X_i + eps Y_i) / (S_i + eps)
+//   dU_ij = (G_ij - T_i) / (S_i + eps),  dpolicy_j = sum_{i != j} dU_ij exp(a_ij - m_i)
+//   da_ij = dU_ij U_ij - [j = argmax_i] W_i,  W_i = sum_k dU_ik U_ik = eps (X_i - S_i Y_i) / (S_i + eps)^2
 #pragma once
 
 #include "kernel_forward.cuh"
 
 namespace tokenprune::attention {
 
-// What the kernels pass each other; all but value_sum [batch, heads, tokens]. value_sum is null when eps is 0.
+// What the kernels pass each other; all but value_sum [batch, heads, tokens].
 struct PolicyWorkspace {
-  void* value_sum = nullptr;                      // [batch, heads, dim]
-  void *row_grad = nullptr, *top_grad = nullptr;  // T, W
-  int32_t* top = nullptr;                         // argmax, lowest position first
+  void* value_sum = nullptr;                                        // forward: [batch, heads, dim], null when eps is 0
+  void *pivot = nullptr, *row_grad = nullptr, *top_grad = nullptr;  // backward: dO_i.v_i, T, W
+  int32_t* top = nullptr;                                           // argmax, lowest position first
 };
 
 // value_sum: a block per (batch, head); 128 threads share the dims and split the rows in fixed strides.

@@ -162,15 +162,19 @@ void backward(const Case& c, int terms, int kind) {
   close(x.name("grad_bias"), grad_bias, x.oracle.grad_bias, limit);
 }
 
+// keep: the policy of every key, or negative for random ones. grad_scale: with one key seen and a small eps all
+// gradients are multiples of eps; 1 / eps brings them to where the tolerance tells right from wrong.
 template <typename T>
-void policy(const std::string& name, int batch, int tokens, int heads, int dim, double eps) {
+void policy(const std::string& name, int batch, int tokens, int heads, int dim, double eps, double keep_all = -1,
+            double grad_scale = 1) {
   using S = Acc<T>;
   Random random(tokens * 17 + dim);
   const int64_t row = heads * dim, stats = int64_t{batch} * heads * tokens;
-  const std::vector<T> qkv = random.values<T>(batch * tokens * 3 * row),
-                       grad_out = random.values<T>(batch * tokens * row);
+  const std::vector<T> qkv = random.values<T>(batch * tokens * 3 * row);
+  std::vector<T> grad_out = random.values<T>(batch * tokens * row);
+  for (T& x : grad_out) x = from_acc<T>(to_acc(x) * static_cast<S>(grad_scale));
   std::vector<S> keep(batch * tokens);
-  for (S& x : keep) x = static_cast<S>(random.integer(0, 4)) / 4;
+  for (S& x : keep) x = keep_all < 0 ? static_cast<S>(random.integer(0, 4)) / 4 : static_cast<S>(keep_all);
   PolicyParams p;
   p.q = {qkv.data(), tokens, 3 * row, dim}, p.k = {qkv.data() + row, tokens, 3 * row, dim};
   p.v = {qkv.data() + 2 * row, tokens, 3 * row, dim};
@@ -185,11 +189,12 @@ void policy(const std::string& name, int batch, int tokens, int heads, int dim, 
 
   const T poison = from_acc<T>(kPoison);
   std::vector<T> out(batch * tokens * row, poison), grad_q(out), grad_k(out), grad_v(out);
-  std::vector<S> row_max(stats, kPoison), row_sum(row_max), grad_policy(row_max), row_grad(row_max), top_grad(row_max),
-      value_sum(batch * row, kPoison);
+  std::vector<S> row_max(stats, kPoison), row_sum(row_max), grad_policy(row_max), pivot(row_max), row_grad(row_max),
+      top_grad(row_max), value_sum(batch * row, kPoison);
   std::vector<int32_t> top(stats, -7);
   p.o = out.data(), p.row_max = row_max.data(), p.row_sum = row_sum.data();
-  const PolicyWorkspace w{eps != 0 ? value_sum.data() : nullptr, row_grad.data(), top_grad.data(), top.data()};
+  const PolicyWorkspace w{eps != 0 ? value_sum.data() : nullptr, pivot.data(), row_grad.data(), top_grad.data(),
+                          top.data()};
   launch_policy<T>(host_model::Launcher{}, p, w);
   const std::string full = name + " " + type_name<T>() + " policy ";
   const double limit = sizeof(T) == 2 ? 2e-2 : 3 * tolerance<T>(), exact = sizeof(T) == 8 ? 1e-12 : 3e-5;
@@ -258,6 +263,7 @@ void everything() {
   }
   backward<T>(ragged, 4, 0), backward<T>(ragged, 2, 0), backward<T>(indexed, 5, 1);
   policy<T>("small", 2, 5, 2, 27, 1e-2), policy<T>("blocks", 1, 70, 1, 64, 1e-2), policy<T>("plain", 1, 33, 1, 16, 0);
+  policy<T>("dropped", 2, 5, 2, 27, 1e-6, 0, 1e6), policy<T>("dropped blocks", 1, 70, 1, 64, 1e-6, 0, 1e6);
   wrong_contents<T>();
 }
 
