@@ -4,9 +4,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+#include <stdexcept>
+#include <string>
 
 namespace tokenprune {
 namespace {
+
+constexpr const char* kVariable = "TOKENPRUNE_CPU_CAPABILITY";
 
 Isa detect() {
 #if defined(__x86_64__)
@@ -24,12 +28,13 @@ Isa detect() {
 
 Isa choose() {
   const Isa best = detect();
-  const char* wanted = std::getenv("TOKENPRUNE_CPU_CAPABILITY");
-  if (wanted == nullptr) return best;
+  const char* wanted = std::getenv(kVariable);
+  if (wanted == nullptr || *wanted == '\0') return best;
   for (Isa isa : {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16}) {
-    if (std::strcmp(wanted, isa_name(isa)) == 0 && isa <= best) return isa;  // never above what the CPU has
+    if (std::strcmp(wanted, isa_name(isa)) == 0) return isa < best ? isa : best;  // never above what the CPU has
   }
-  return best;
+  throw std::runtime_error(std::string("tokenprune: ") + kVariable +
+                           " must be generic, avx2, avx512 or avx512_bf16, got '" + wanted + "'");
 }
 
 }  // namespace
@@ -50,7 +55,11 @@ const char* isa_name(Isa isa) {
 
 }  // namespace tokenprune
 
-// Read by the Python module _C (and by anything that loads the library with dlsym).
-extern "C" __attribute__((visibility("default"))) const char* tokenprune_cpu_capability() {
-  return tokenprune::isa_name(tokenprune::cpu_isa());
+// Read by the Python module _C (and by anything that loads the library with dlsym): never throws.
+extern "C" __attribute__((visibility("default"))) const char* tokenprune_cpu_capability() noexcept {
+  try {
+    return tokenprune::isa_name(tokenprune::cpu_isa());
+  } catch (const std::exception&) {
+    return "invalid TOKENPRUNE_CPU_CAPABILITY";
+  }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which instruction set serves this process: CPUID once, or TOKENPRUNE_CPU_CAPABILITY (generic, avx2, avx512,
-// avx512_bf16) to force a lower one for tests.
+// avx512_bf16) to force a lower one for tests. A set that the CPU lacks gives the best it has; an unknown name throws.
 #pragma once
 
 namespace tokenprune {

@@ -8,6 +8,8 @@
 #include <cstdlib>
 #include <memory>
 
+#include "isa.h"
+
 namespace tokenprune {
 
 // Scratch that grows and stays with the thread: fresh temporaries cost more in page faults than the kernels they serve.
@@ -29,6 +31,9 @@ inline char* thread_scratch(int64_t bytes) {
   return memory.get();
 }
 
+// An exception inside a parallel region reaches Python without its text (torch 2.11), so what f would throw for a wrong
+// TOKENPRUNE_CPU_CAPABILITY is thrown before the region by cpu_isa().
+
 // f(item) for every item, handed out one by one: items of ragged batches differ in length. Results must not depend on
 // which thread runs an item.
 template <typename F>
@@ -39,6 +44,7 @@ void parallel_items(int64_t items, int64_t work_per_item, const F& f) {
     for (int64_t i = 0; i < items; ++i) f(i);
     return;
   }
+  cpu_isa();
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads < items ? threads : items, 1, [&](int64_t begin, int64_t end) {
     for (int64_t lane = begin; lane < end; ++lane) {
@@ -56,6 +62,7 @@ void parallel_ranges(int64_t items, int64_t work_per_item, const F& f) {
     if (items > 0) f(int64_t{0}, items);
     return;
   }
+  cpu_isa();
   torch::stable::parallel_for(0, items, grain, f);
 }
 

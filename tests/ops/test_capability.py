@@ -64,3 +64,23 @@ def test_the_forced_instruction_set_is_the_one_in_use(capability):
     code = "from tests.ops.test_capability import in_use; print(in_use())"
     done = run([sys.executable, "-c", code], capability)
     assert done.stdout.strip() == capability, done.stderr
+
+
+@needs_library
+@pytest.mark.parametrize("tokens", [4, 4096])  # in the calling thread, and in a parallel region
+def test_an_unknown_instruction_set_is_an_error_that_names_the_legal_ones(tokens):
+    code = f"""
+import torch
+from tokenprune_ext import ops
+torch.set_num_threads(2)
+ops.gather_layer_norm(torch.ones(1, {tokens}, 64), torch.arange({tokens}, dtype=torch.int32))
+"""
+    done = run([sys.executable, "-c", code], "avx1024")
+    assert done.returncode != 0
+    assert "TOKENPRUNE_CPU_CAPABILITY must be generic, avx2, avx512 or avx512_bf16, got 'avx1024'" in done.stderr
+
+
+@needs_library
+def test_asking_for_the_instruction_set_in_use_never_fails():
+    done = run([sys.executable, "-c", "from tests.ops.test_capability import in_use; print(in_use())"], "avx1024")
+    assert done.stdout.strip() == "invalid TOKENPRUNE_CPU_CAPABILITY", done.stderr
