@@ -3,7 +3,8 @@
 
 import pytest
 import torch
-from tokenprune_ext import ops
+from tokenprune_ext import _library, ops
+from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conformance import assert_same, needs_library
@@ -360,3 +361,16 @@ def test_no_token_inside_a_sequence_is_harmless(device):
     holed = ops.sparse_attention_qkvpacked(x, index=ints([4, -1, 2, 8, 1, 3], device), **options)
     assert holed[0].isfinite().all() and not holed[1].isnan().any()
     assert_same([holed[0][3:], holed[1][:, 3:]], [whole[0][3:], whole[1][:, 3:]])
+
+
+@pytest.mark.skipif(not _library.cuda_loaded(), reason="the reference takes any width")
+def test_heads_too_wide_for_the_cuda_kernels_are_refused_before_any_launch():
+    with FakeTensorMode():  # shapes on a CUDA device, without one
+        q = torch.empty(6, 2, 192, device="cuda")
+        cu = torch.tensor([0, 6], dtype=torch.int32, device="cuda")
+        rule = "the head dimension on CUDA must be <= 128, got 192"
+        expect(ValueError, "sparse_attention", rule, ops.sparse_attention, q, q, q, cu_seqlens_q=cu, max_seqlen_q=6)
+        q, policy = torch.empty(1, 6, 2, 192, device="cuda"), torch.empty(1, 6, device="cuda")
+        expect(ValueError, "policy_attention", rule, ops.policy_attention, q, q, q, policy)
+        narrow = q[..., :128]
+        assert ops.policy_attention(narrow, narrow, narrow, policy).shape == narrow.shape

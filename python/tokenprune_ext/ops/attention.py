@@ -8,12 +8,14 @@ tokens in EViT (arXiv 2202.07800); the key policy is from DynamicViT (arXiv 2106
 import torch
 from torch import Tensor
 
+from .._library import has_kernels
 from ._register import autocast_cast, call, check, check_floating, check_index, register, stat_dtype
 from .tokens import TokenIndex
 
 __all__ = ["attention_scores", "policy_attention", "sparse_attention", "sparse_attention_qkvpacked"]
 
 _KINDS = {"cls": 0, "mean": 1}
+_MOST_CUDA_DIM = 128  # kMostDim of csrc/attention/kernel_launch.cuh; docs/kernels.md says why
 
 
 # ---------------------------------------------------------------- public functions
@@ -37,6 +39,7 @@ def sparse_attention(
 
     Args:
         q: ``[Tq, H, D]``; k, v: ``[Tk, H, D]``. Row and head strides are free (views of a packed qkv are not copied).
+            On CUDA D is at most 128.
         cu_seqlens_q: int32 ``[B + 1]``, starts of the sequences; cu_seqlens_k: the same for keys (default: as q).
         max_seqlen_q: upper bound of the sequence lengths; max_seqlen_k likewise.
         key_bias: ``[Tk]``, added to the logits of every query (log size; ``-inf`` hides a key). float32 (float64 for
@@ -139,7 +142,7 @@ def policy_attention(
     ``P_ij = policy_j`` for ``i != j`` and 1 on the diagonal. Used in training, where dropped tokens must keep gradients.
 
     Args:
-        q, k, v: ``[B, N, H, D]``, any strides.
+        q, k, v: ``[B, N, H, D]``, any strides. On CUDA D is at most 128.
         policy: ``[B, N]``, 0 or 1 (any value is legal).
         eps: 1e-6 in training, 0 for exact masking.
         scale: factor of the logits, default ``D ** -0.5``.
@@ -153,6 +156,7 @@ def policy_attention(
     check(q.dim() == 4, op, "q", "have shape [B, N, H, D]", tuple(q.shape))
     for name, tensor in (("k", k), ("v", v)):
         check(tensor.shape == q.shape, op, name, "have the shape of q {}", tuple(tensor.shape), tuple(q.shape))
+    _check_width(op, q)
     check(policy.shape == q.shape[:2], op, "policy", "have shape {}", tuple(policy.shape), list(q.shape[:2]))
     check(policy.device == q.device, op, "policy", "be on {}", policy.device, q.device)
     check(eps >= 0, op, "eps", "be >= 0", eps)
@@ -161,6 +165,19 @@ def policy_attention(
 
 
 # ---------------------------------------------------------------- checks
+
+
+def _check_width(op, q):
+    """The CUDA kernels keep a head's sums in registers, so its width has a limit there (the reference has none)."""
+    wide = q.device.type == "cuda" and has_kernels("cuda")
+    check(
+        not wide or q.shape[-1] <= _MOST_CUDA_DIM,
+        op,
+        "the head dimension on CUDA",
+        "be <= {}",
+        q.shape[-1],
+        _MOST_CUDA_DIM,
+    )
 
 
 def _ragged_arguments(op, q, k, v, cu_q, cu_k, max_q, max_k, key_bias, scale, index):
@@ -177,6 +194,7 @@ def _ragged_arguments(op, q, k, v, cu_q, cu_k, max_q, max_k, key_bias, scale, in
         q.shape[2],
     )
     check(v.shape == k.shape, op, "v", "have the shape of k {}", tuple(v.shape), tuple(k.shape))
+    _check_width(op, q)
     cu_q = check_index(op, "cu_seqlens_q", cu_q, q.device)
     cu_k = cu_q if cu_k is None else check_index(op, "cu_seqlens_k", cu_k, q.device)
     check(cu_q.shape[0] >= 1, op, "cu_seqlens_q", "have at least one entry", tuple(cu_q.shape))
