@@ -13,6 +13,8 @@
 namespace tokenprune {
 
 // Scratch that grows and stays with the thread: fresh temporaries cost more in page faults than the kernels they serve.
+// Each slot is a memory of its own.
+template <int Slot = 0>
 inline char* thread_scratch(int64_t bytes) {
   struct Free {
     void operator()(char* p) const { std::free(p); }
