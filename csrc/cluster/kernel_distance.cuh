@@ -2,8 +2,9 @@
 // Squared distances between two sets of rows, in tiles of 64 x 64 by a block of 128 threads; the matrix of
 // reconstruction weights and the nearest centers, which are made of them.
 //
-// Two engines, alike in use. MmaTile (16-bit types): |a|^2 + |b|^2 - 2 a.b on the tensor cores, the norms as well, so
-// that equal rows are at distance 0. FmaTile (float, double): sums of squared differences, exact where rows are close.
+// Two engines, alike in use. MmaDistance (16-bit types): |a|^2 + |b|^2 - 2 a.b on the tensor cores, the norms as well,
+// so that equal rows are at distance 0. FmaDistance (float, double): sums of squared differences, exact where rows are
+// close.
 #pragma once
 
 #include <cmath>
@@ -41,7 +42,7 @@ bool packable_rows(const RowSet& r, int64_t channels) {
 // neighbouring lanes share a row. Packs: all rows may be read in packs of 16 bytes.
 
 template <typename T, bool Packs>
-struct MmaTile {
+struct MmaDistance {
   using Value = T;
   using Stat = float;
   static constexpr int kRowSlots = 2, kColSlots = 16, kRowLanes = 4;
@@ -127,7 +128,7 @@ struct MmaTile {
 };
 
 template <typename T, bool Packs>
-struct FmaTile {
+struct FmaDistance {
   using Value = T;
   using Stat = T;
   static constexpr int kUnit = kPack<T>, kRowSlots = 8, kColSlots = 4, kRowLanes = 16;
@@ -195,7 +196,7 @@ struct FmaTile {
 };
 
 template <typename T, bool Packs>
-using DistanceTile = std::conditional_t<sizeof(T) == 2, MmaTile<T, Packs>, FmaTile<T, Packs>>;
+using DistanceTile = std::conditional_t<sizeof(T) == 2, MmaDistance<T, Packs>, FmaDistance<T, Packs>>;
 
 constexpr int kDistanceBlocks = 2;  // per multiprocessor, at least: leaves enough registers for either engine
 
