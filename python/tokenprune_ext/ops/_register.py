@@ -19,12 +19,12 @@ def register(name, *, fake, reference=None, setup_context=None, backward=None, f
     """Attach Python rules to ``tokenprune::name``.
 
     Args:
-        name: op name in the ``tokenprune`` namespace.
+        name: op name in the ``tokenprune`` namespace; ``name.overload`` for an overload.
         fake: shape function for meta and fake tensors.
         reference: the same computation in plain PyTorch; serves devices without kernels.
         setup_context: saves what ``backward`` needs; see ``torch.library.register_autograd``.
         backward: autograd formula. Ops without one raise when differentiated.
-        flops: flop formula, called with the op's arguments (not shapes) and ``out_val``.
+        flops: flop formula, called with the op's arguments (not shapes) and ``out_val``; serves all overloads.
         vmap: batching rule; see ``torch.library.register_vmap``.
     """
     if reference is not None:
@@ -32,7 +32,8 @@ def register(name, *, fake, reference=None, setup_context=None, backward=None, f
     if not _library.cpu_loaded():
         return
     qualified = f"tokenprune::{name}"
-    overload = getattr(torch.ops.tokenprune, name).default
+    packet, _, overload_name = name.partition(".")
+    overload = getattr(getattr(torch.ops.tokenprune, packet), overload_name or "default")
     _ops[name] = overload
     torch.library.register_fake(qualified, fake)
     mutable = overload._schema.is_mutable
