@@ -18,8 +18,11 @@ _LAZY = {
     "patched": "._patch",
     "profile": ".profiling",
     "visualize": "._visualize",
+    "create_model": ".models",
+    "list_models": ".models",
+    "load_checkpoint": ".checkpoints",
 }
-_MODULES = ("nn", "reducers", "integrations", "profiling")
+_MODULES = ("nn", "reducers", "integrations", "models", "checkpoints", "profiling")
 
 __all__ = ["__version__", "ops", *_LAZY, *_MODULES]
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..nn import AttentionBranch, BlockParts, MlpBranch, TokenState, run_block
+from ..reducers import Reducer
 
 _MLPS = ("GeGluMlp", "GluMlp", "Mlp", "SwiGLU", "SwiGLUPacked")
 _NORMS = (
@@ -116,10 +117,12 @@ def walk(
 
 def methods(model: nn.Module) -> dict:
     """The functions that replace the model's own, by name. ``partial`` survives deepcopy and pickling."""
-    return {
+    own = {
         "forward_features": partial(_forward_features, model),
         "forward_intermediates": partial(_forward_intermediates, model),
     }
+    # Pooling that reads the state happens in forward, the one place that has both.
+    return own | {"forward": partial(_forward, model)} if _pools(model) else own
 
 
 def parts(block: nn.Module) -> BlockParts:
@@ -151,6 +154,16 @@ def parts(block: nn.Module) -> BlockParts:
         drop_path=own["drop_path2"],
     )
     return BlockParts(attention, mlp, block)
+
+
+def _pools(model):
+    return type(model.token_reducer).pool is not Reducer.pool
+
+
+def _forward(model, x, attn_mask=None, is_causal=False):
+    _no_mask(attn_mask, is_causal)
+    x, state = forward(model, x)
+    return model.forward_head(model.token_reducer.pool(x, state))
 
 
 def _forward_features(model, x, attn_mask=None, is_causal=False):

@@ -41,6 +41,10 @@ class Reducer(nn.Module):
         """Around sub-layer 2, residual included."""
         return branch.add(x, state), state
 
+    def pool(self, x: Tensor, state: TokenState) -> Tensor:
+        """Features as the model's pooling shall see them, once behind the last norm."""
+        return x
+
     def restore(self, y: Tensor, state: TokenState) -> Tensor:
         """Values aligned with the current patch tokens -> the full grid ``[B, N0, ...]``."""
         return y
