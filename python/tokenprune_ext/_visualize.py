@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of a trace: which patches every layer processes, and which were merged into one token."""
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._patch import LayerTrace, trace
@@ -64,6 +66,49 @@ def merged_regions(image: Tensor, parent: Tensor, grid: tuple[int, int]) -> np.n
     border[1:] |= label[1:] != label[:-1]
     border[:, 1:] |= label[:, 1:] != label[:, :-1]
     return np.where(border[..., None], 0.6 * _BORDER + 0.4 * painted, painted)
+
+
+def group_colours(count: int) -> Tensor:
+    """Border colours of the groups in :func:`source_picture`, the same in every run: float64 ``[count, 3]`` in 0..1."""
+    draw = random.Random(0).random
+    return torch.tensor([[draw() for _ in range(3)] for _ in range(count)], dtype=torch.float64).view(count, 3)
+
+
+def source_picture(image: Tensor, source: Tensor, patch_size: int, *, class_token: bool = True) -> Tensor:
+    """The picture that ToMe's authors draw: every group in its mean colour, with a border of a colour of its own.
+
+    Args:
+        image: uint8 ``[h, w, 3]``.
+        source: ``[1, groups, tokens]``, 1 where a token belongs to a group; or the group of every token, int
+            ``[1, tokens]`` (``state.carry["parent"]``).
+        patch_size: side of a patch in pixels.
+        class_token: whether the first token is a class token; it is left out.
+
+    Returns:
+        uint8 ``[h, w, 3]``.
+
+    Raises:
+        ValueError: more than one image, or not one token per patch.
+    """
+    height, width, _ = image.shape
+    rows, columns = height // patch_size, width // patch_size
+    group = source.argmax(1) if source.dim() == 3 else source.long()
+    group = group[:, int(class_token) :]
+    if tuple(group.shape) != (1, rows * columns):
+        raise ValueError(
+            f"source_picture: source must be of 1 image with {rows} x {columns} patches, got {tuple(group.shape)}"
+        )
+    count = int(group.max()) + 1
+    # Labels below 2**53 pass through the float interpolation unchanged.
+    label = F.interpolate(group.view(1, 1, rows, columns).double(), size=(height, width), mode="nearest")[0, 0].long()
+    pixels, flat = image.double() / 255, label.flatten()
+    total = pixels.new_zeros(count, 3).index_add(0, flat, pixels.flatten(0, 1))
+    colour = total / flat.bincount(minlength=count).clamp(min=1)[:, None]
+    framed = F.pad(label, (1, 1, 1, 1), value=-1)
+    neighbours = (framed[:-2, 1:-1], framed[2:, 1:-1], framed[1:-1, :-2], framed[1:-1, 2:])
+    inside = torch.stack([label == other for other in neighbours]).all(0)[..., None]
+    painted = torch.where(inside, colour[label], group_colours(count).to(image.device)[label])
+    return (painted * 255).to(torch.uint8)
 
 
 def kept_mask(step: LayerTrace, patches: int, image: int = 0) -> Tensor:

@@ -65,7 +65,7 @@ class Golden:
 
 
 def kind(name: str, config: dict):
-    """Decorator: serve ``name``. ``config``: for every legal key a type or a tuple of the legal values."""
+    """Decorator: serve ``name``. ``config``: for every legal key a type, or a tuple of the legal values and types."""
 
     def decorate(function):
         if name in handlers:
@@ -106,11 +106,13 @@ def check_config(golden: Golden):
     for key, value in golden.config.items():
         assert key in rules, f"{golden.kind}: unknown configuration key {key!r}"
         rule = rules[key]
-        legal = value in rule if isinstance(rule, tuple) else _is(value, rule)
+        legal = any(_is(value, one) for one in rule) if isinstance(rule, tuple) else _is(value, rule)
         assert legal, f"{golden.kind}: {key} = {value!r} is not {rule}"
 
 
 def _is(value, rule):
+    if not isinstance(rule, (type, list)):  # a value
+        return type(value) is type(rule) and value == rule
     if isinstance(rule, list):  # [int]: a list of ints
         return isinstance(value, list) and all(_is(v, rule[0]) for v in value)
     if rule is float:

@@ -57,7 +57,7 @@ def check(model: nn.Module) -> None:
         ValueError: names the component.
     """
     library = sys.modules["timm.models.vision_transformer"]
-    for name in ("forward_features", "forward_intermediates"):
+    for name in ("forward", "forward_features", "forward_intermediates"):
         if getattr(type(model), name) is not getattr(library.VisionTransformer, name) or name in vars(model):
             raise ValueError(f"patch: model must use timm's {name}, got an overridden one in {type(model).__name__}")
     for number, block in enumerate(model.blocks):

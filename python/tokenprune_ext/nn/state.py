@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from ..ops import TokenIndex
+
 
 @dataclass(frozen=True)
 class TokenState:
@@ -102,6 +104,23 @@ class TokenState:
             for name in ("index", "size", "key_bias")
         }
         return x.view(*shape, x.shape[-1]), replace(self, cu_seqlens=None, max_seqlen=0, **fields)
+
+    def gathered(self, index: TokenIndex, extra: int = 0) -> "TokenState":
+        """The packed state of chosen tokens.
+
+        Args:
+            index: flat rows of the current tokens (a row of -1 may say anything), their ``cu_seqlens`` and bound.
+            extra: number of rows behind those of the current tokens, made by the method: no patches, of size 1.
+        """
+        rows = index.indices.clamp(min=0).long()
+        fields = {}
+        for name, made in (("index", -1), ("size", 1), ("key_bias", 0)):
+            values = getattr(self, name)
+            if values is not None:
+                values = values.flatten()
+                values = torch.cat([values, values.new_full((extra,), made)]) if extra else values
+                fields[name] = values[rows]
+        return replace(self, cu_seqlens=index.cu_seqlens, max_seqlen=index.max_seqlen, **fields)
 
     def uniform(self, x: Tensor) -> bool:
         """Whether all sequences are known, from shapes alone, to be equally long."""

@@ -237,13 +237,7 @@ class ScoreSelect(Reducer):
     def _gathered(self, x, state, chosen, layer, run):
         index = self._index(chosen, state, layer)
         rows = index.indices
-        fields = {}
-        for name in ("index", "size", "key_bias"):
-            values = getattr(state, name)
-            if values is not None:
-                fields[name] = values.reshape(-1)[rows.clamp(min=0).long()]
-        inner = state.with_carry(rows=rows).replace(cu_seqlens=index.cu_seqlens, max_seqlen=index.max_seqlen, **fields)
-        y, _ = run(x, inner)
+        y, _ = run(x, state.gathered(index).with_carry(rows=rows))
         return scatter_tokens(x, y, rows)
 
     def _index(self, chosen, state, layer):

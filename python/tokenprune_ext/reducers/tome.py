@@ -47,6 +47,8 @@ class ToMe(Reducer):
         num_prefix: leading tokens that are no patches; when there are more of them than the two above (registers), all
             of them are protected. The state's number wins while running.
         trace_source: keep ``carry["parent"]`` (the row of every original token), which ``restore`` needs.
+        weighted_pool: average pooling counts every token as often as its size says (the published MAE variant); by
+            default every token counts once. Class and register tokens are left as they are.
         fast_idle: layers without merges run the model's own block where that is the same.
     """
 
@@ -60,6 +62,7 @@ class ToMe(Reducer):
         distill_token: bool = False,
         num_prefix: int = 0,
         trace_source: bool = False,
+        weighted_pool: bool = False,
         fast_idle: bool = True,
     ):
         super().__init__()
@@ -68,6 +71,7 @@ class ToMe(Reducer):
             raise ValueError(f"ToMe: r must give no negative number of merges, got {self.r}")
         self.prop_attn, self.trace_source, self.fast_idle = prop_attn, trace_source, fast_idle
         self.class_token, self.distill_token, self.num_prefix = class_token, distill_token, num_prefix
+        self.weighted_pool = weighted_pool
 
     def begin(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
         """Start the trace, when it is wanted."""
@@ -90,6 +94,17 @@ class ToMe(Reducer):
             padded, state = self._merge(padded, keys.reshape(*padded.shape[:2], *keys.shape[-2:]), state, self.r[layer])
             return state.as_packed(padded) if packed else (padded, state)
         return self._merge_ragged(x, keys.mean(-2), state, self.r[layer])
+
+    def pool(self, x: Tensor, state: TokenState) -> Tensor:
+        """Scale patch tokens so that their plain mean is the mean over the original patches."""
+        if not self.weighted_pool or state.size is None:
+            return x
+        if state.packed:
+            raise ValueError("ToMe.pool: tokens must be padded [B, N, C], got a packed state")
+        size = state.size[:, state.num_prefix :]
+        weight = size * (size.shape[1] / size.sum(1, keepdim=True))
+        weight = torch.nn.functional.pad(weight, (state.num_prefix, 0), value=1.0)
+        return x * weight[..., None].to(x.dtype)
 
     def restore(self, y: Tensor, state: TokenState) -> Tensor:
         """Every patch takes the value of the token it was merged into: ``[B, n, ...] -> [B, N0, ...]``."""

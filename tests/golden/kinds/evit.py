@@ -9,6 +9,7 @@ from tokenprune_ext.reducers import create
 from torch import nn
 
 from tests.golden.harness import kind
+from tests.golden.kinds.swag import NETWORK, run_swag
 
 SCORES = {"cls_row_mean_over_heads": "cls", "mean_over_all_queries": "mean"}
 
@@ -74,3 +75,29 @@ def evit_block(golden):
     }
     leaves = {"x": leaf} | {f"param.{n}": p for n, p in parameters.items()}
     return result | golden.gradients({"y": y}, leaves)
+
+
+@kind(
+    "swag_methods/evit_vit",
+    NETWORK
+    | {
+        "batch": int,
+        "fuse_token": bool,
+        "keep_rate": [float],
+        "method": ("evit",),
+        "score_mode": tuple(SCORES),
+        "seed": int,
+    },
+)
+def evit_vit(golden):
+    config = golden.config
+    mode = SCORES[config["score_mode"]]
+    run = run_swag(
+        golden, "evit", trace=True, keep=config["keep_rate"], fuse_token=config["fuse_token"], score_mode=mode
+    )
+    result = run.results(golden) | run.outputs()
+    for layer, (_, state) in enumerate(run.layers):
+        if f"kept.{layer}" in state.carry:
+            result[f"out.layer_{layer}.idx"] = state.carry[f"kept.{layer}"]
+            result[f"out.layer_{layer}.patch_ids"] = state.index[:, 1:]
+    return result
