@@ -44,6 +44,7 @@ def facts(model: nn.Module) -> dict:
     return {
         "depth": len(model.blocks),
         "embed_dim": model.embed_dim,
+        "head_dim": model.blocks[0].attn.head_dim,
         "num_prefix": model.num_prefix_tokens,
         "class_token": model.cls_token is not None,
         "distill_token": getattr(model, "dist_token", None) is not None,

@@ -80,14 +80,22 @@ class AttentionBranch:
         k = k if self._k_norm is None else self._k_norm(k).to(v.dtype)
         return q, k, v
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, state: TokenState, want: str | None = None) -> tuple:
-        """Attention within each image: ``(mixed [..., H * D], by-product or None)``; see :meth:`__call__`."""
-        if want not in _WANTS:
-            raise ValueError(f"AttentionBranch.mix: want must be one of {_WANTS}, got {want!r}")
+    def check_dropout(self) -> None:
+        """For methods that put their own attention between :meth:`qkv` and :meth:`out`.
+
+        Raises:
+            ValueError: the model drops attention weights, which fused attention does not.
+        """
         if self._attn_drop > 0:
             raise ValueError(
                 f"attn_drop must be 0 while training (fused attention drops no attention weights), got {self._attn_drop}"
             )
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, state: TokenState, want: str | None = None) -> tuple:
+        """Attention within each image: ``(mixed [..., H * D], by-product or None)``; see :meth:`__call__`."""
+        if want not in _WANTS:
+            raise ValueError(f"AttentionBranch.mix: want must be one of {_WANTS}, got {want!r}")
+        self.check_dropout()
         lead = q.shape[:-2]
         cu_seqlens, max_seqlen = state.sequences(q)
         q, k, v = (t.reshape(-1, self.num_heads, self.head_dim) for t in (q, k, v))

@@ -33,6 +33,7 @@ def sparse_attention(
     key_bias: Tensor | None = None,
     scale: float | None = None,
     index: TokenIndex | Tensor | None = None,
+    index_k: TokenIndex | Tensor | None = None,
     want_cls: bool = False,
 ) -> tuple[Tensor, ...]:
     """Softmax attention within each sequence of a packed batch.
@@ -45,7 +46,9 @@ def sparse_attention(
         key_bias: ``[Tk]``, added to the logits of every query (log size; ``-inf`` hides a key). float32 (float64 for
             float64 values).
         scale: factor of the logits, default ``D ** -0.5``.
-        index: q, k and v are un-gathered rows, and sequence position ``t`` is row ``index[t]`` of them.
+        index: q, k and v are un-gathered rows, and sequence position ``t`` is row ``index[t]`` of them. A row may be
+            taken several times; -1 is a row of zeros.
+        index_k: the same for k and v alone (default: as ``index``).
         want_cls: also return the probabilities of each sequence's first query.
 
     Returns:
@@ -59,7 +62,7 @@ def sparse_attention(
     op = "sparse_attention"
     q, k, v = autocast_cast(q, k, v)
     args = _ragged_arguments(
-        op, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_bias, scale, index
+        op, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_bias, scale, index, index_k
     )
     out, lse, cls = call(op, q.device, q, k, v, *args, want_cls)
     return (out, lse, cls) if want_cls else (out, lse)
@@ -180,7 +183,7 @@ def _check_width(op, q):
     )
 
 
-def _ragged_arguments(op, q, k, v, cu_q, cu_k, max_q, max_k, key_bias, scale, index):
+def _ragged_arguments(op, q, k, v, cu_q, cu_k, max_q, max_k, key_bias, scale, index, index_k=None):
     """The common tail (cu_seqlens_q .. scale) of every ragged op, checked."""
     check_floating(op, q=q, k=k, v=v)
     check(q.dim() == 3, op, "q", "have shape [Tq, H, D]", tuple(q.shape))
@@ -202,16 +205,21 @@ def _ragged_arguments(op, q, k, v, cu_q, cu_k, max_q, max_k, key_bias, scale, in
     max_k = max_q if max_k is None else max_k
     check(max_q >= 0, op, "max_seqlen_q", "be >= 0", max_q)
     check(max_k >= 0, op, "max_seqlen_k", "be >= 0", max_k)
-    rows = None
-    if index is not None:
-        rows = check_index(op, "index", index.indices if isinstance(index, TokenIndex) else index, q.device)
+    rows = _row_numbers(op, "index", index, q)
+    rows_k = rows if index_k is None else _row_numbers(op, "index_k", index_k, q)
     if key_bias is not None:
-        count = k.shape[0] if rows is None else rows.shape[0]
+        count = k.shape[0] if rows_k is None else rows_k.shape[0]
         check(tuple(key_bias.shape) == (count,), op, "key_bias", "have shape [{}]", tuple(key_bias.shape), count)
         check(key_bias.device == q.device, op, "key_bias", "be on {}", key_bias.device, q.device)
         key_bias = key_bias.to(stat_dtype(q.dtype))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return cu_q, cu_k, max_q, max_k, key_bias, rows, rows, float(scale)
+    return cu_q, cu_k, max_q, max_k, key_bias, rows, rows_k, float(scale)
+
+
+def _row_numbers(op, name, index, like):
+    if index is None:
+        return None
+    return check_index(op, name, index.indices if isinstance(index, TokenIndex) else index, like.device)
 
 
 def _counts(q, k, q_index, kv_index):

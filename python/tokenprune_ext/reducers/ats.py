@@ -1,0 +1,375 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ATS: adaptive token sampling (Fayyaz et al., arXiv 2111.15667).
+
+The class token's attention times the norm of the values scores the tokens (eq. 3); inverse transform sampling on a fixed
+grid picks from the scores' cumulative distribution (section 3.2), so that few tokens suffice where few hold the weight.
+Only picked tokens are queries of the layer; keys and values stay complete. Every image keeps a number of its own.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..nn import TokenState, pad_rows
+from ..ops import gather_tokens, policy_attention, select_tokens, sparse_attention
+from ..ops._register import check, check_floating, stat_dtype
+from ._base import Reducer, register
+
+__all__ = ["ATS", "Sample", "ats_sample", "ats_scores", "ats_smooth_row"]
+
+
+class Sample(NamedTuple):
+    """Which patches are sampled; ``n`` patches, ``G`` grid points.
+
+    Attributes:
+        order: int64 ``[B, n]``, patches by ascending score, those that are no candidates first.
+        cdf: ``[B, n]``, cumulative scores in that order, from 0 to 1.
+        grid: ``[B, G]``, where the distribution is sampled.
+        pick: int64 ``[B, G]``, the place in ``order`` whose ``cdf`` is nearest to each grid point.
+        kept: bool ``[B, n]``, the places in ``order`` that are kept.
+        rows: int32 ``[B, n]``, the kept patches by ascending score, -1 behind them.
+    """
+
+    order: Tensor
+    cdf: Tensor
+    grid: Tensor
+    pick: Tensor
+    kept: Tensor
+    rows: Tensor
+
+
+def ats_smooth_row(logits: Tensor, policy: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """Attention of the class token (token 0) under a policy, as :func:`tokenprune_ext.ops.policy_attention` weighs it.
+
+    Args:
+        logits: ``[B, H, N]``. policy: ``[B, N]``, 0 = hidden (the class token itself is always seen).
+
+    Returns:
+        ``[B, H, N]``: ``(e_j p_j + eps / N) / (sum_j e_j p_j + eps)`` with ``e = exp(logits - max)``.
+    """
+    weight = (logits - logits.amax(-1, keepdim=True)).exp()
+    if policy is not None:
+        weight = weight * torch.cat([torch.ones_like(policy[:, :1]), policy[:, 1:]], 1)[:, None]
+    return (weight + eps / logits.shape[-1]) / (weight.sum(-1, keepdim=True) + eps)
+
+
+def ats_scores(attention: Tensor, v: Tensor) -> Tensor:
+    """Significance of every token: attention of the class token, summed over heads, times the norm of its values.
+
+    Args:
+        attention: ``[B, H, N]``. v: ``[B, N, H, D]``.
+
+    Returns:
+        ``[B, N]`` float32 (float64 for float64 values); :func:`ats_sample` normalises it over the patches.
+    """
+    stat = stat_dtype(v.dtype)
+    return attention.to(stat).sum(1) * v.to(stat).flatten(2).norm(dim=-1)
+
+
+def ats_sample(
+    scores: Tensor,
+    grid_points: int,
+    *,
+    grid_counts: Tensor | None = None,
+    valid: Tensor | None = None,
+    published: bool = False,
+) -> Sample:
+    """Inverse transform sampling of patches on a fixed grid.
+
+    The cumulative distribution of the ascending scores, scaled to [0, 1], is compared with a uniform grid from its least
+    positive value to 1; the nearest entry of every grid point is kept, duplicates once. So the least significant patch
+    is always dropped. Where there is no distribution (one patch, or no positive score) all are kept.
+
+    Args:
+        scores: ``[B, n]`` of the patches, not negative.
+        grid_points: G, the patches that entered the model (not those that are left).
+        grid_counts: int ``[B]``: the same per image, at most ``grid_points``; further points repeat the last one.
+        valid: bool ``[B, n]``: candidates (default all); the others never count.
+        published: as in the code behind the published numbers: other candidates are only told apart by their score 0
+            (so the least significant of the real ones can be kept beside them), and a largest pick at place 1 is lost
+            (which happens with two patches: none is kept).
+
+    Raises:
+        ValueError, TypeError: wrong shape or dtype.
+    """
+    op = "ats_sample"
+    check_floating(op, scores=scores)
+    check(scores.dim() == 2, op, "scores", "have shape [B, n]", tuple(scores.shape))
+    check(grid_points >= 0, op, "grid_points", "be >= 0", grid_points)
+    batch, patches = scores.shape
+    if patches == 0 or grid_points == 0:  # nothing to sample from, or nothing to sample with
+        nothing = scores.new_zeros(batch, patches, dtype=torch.int64)
+        grid = scores.new_zeros(batch, grid_points, dtype=stat_dtype(scores.dtype))
+        return Sample(nothing, grid[:, :0], grid, grid[:, :0].long(), nothing > 0, nothing.to(torch.int32) - 1)
+    scores = scores.detach().to(stat_dtype(scores.dtype))
+    valid = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
+    scores = torch.where(valid, scores, 0)
+    scores = scores / scores.sum(1, keepdim=True)
+    # Hidden tokens come first. Their order among each other is of no effect: as published, it is that of the sort.
+    order = torch.where(valid, scores, 0 if published else -1).argsort(dim=1, stable=not published)
+    candidate = valid.gather(1, order)
+    total = scores.gather(1, order).cumsum(1)
+    first = torch.zeros_like(order[:, :1]) if published else (~candidate).sum(1, keepdim=True).clamp(max=patches - 1)
+    least = total.gather(1, first)
+    spread = total[:, -1:] - least
+    cdf = ((total - least) / spread).clamp(min=0)
+    grid = _grid(cdf, grid_points, grid_counts)
+    pick = _nearest(cdf, grid)
+    kept = torch.zeros_like(valid).scatter(1, pick, True)
+    if published and patches > 1:
+        kept[:, 1] &= pick.amax(1) != 1
+    kept = torch.where(spread > 0, kept, True) & candidate
+    return Sample(order, cdf, grid, pick, kept, _front(order, kept))
+
+
+def _grid(cdf, points, counts):
+    """``y_k = y_0 + (l_k (G - 1) - y_0 k) / (G - 1)``, ``l`` from 0 to 1 in G equal steps; ``[B, points]``."""
+    if counts is None:
+        counts = torch.full((cdf.shape[0],), points, device=cdf.device)
+    counts = counts[:, None].long().clamp(min=1)
+    k = torch.minimum(torch.arange(points, device=cdf.device), counts - 1)
+    last = (counts - 1).clamp(min=1).to(cdf.dtype)
+    # Both ends exact, as torch.linspace has them.
+    steps = torch.where(k < counts // 2, k / last, 1 - (counts - 1 - k) / last)
+    start = torch.where(cdf == 0, math.inf, cdf).amin(1, keepdim=True)
+    return start + (steps * last - start * k) / last
+
+
+def _nearest(cdf, grid):
+    """The first entry of the ascending ``cdf [B, n]`` that is nearest to each value of ``grid [B, G]``."""
+    cdf, last = cdf.contiguous(), cdf.shape[1] - 1
+    above = torch.searchsorted(cdf, grid.contiguous()).clamp(max=last)
+    lower = cdf.gather(1, (above - 1).clamp(min=0))
+    below = torch.searchsorted(cdf, lower).clamp(max=last)  # the first of equal ones
+    return torch.where((cdf.gather(1, above) - grid).abs() < (grid - lower).abs(), above, below)
+
+
+def _front(order, kept):
+    """The kept entries of ``order``, moved to the front, -1 behind them; int32."""
+    batch, patches = order.shape
+    place = torch.where(kept, kept.cumsum(1) - 1, patches)
+    rows = torch.full((batch, patches + 1), -1, dtype=torch.int32, device=order.device)
+    return rows.scatter(1, place, order.to(torch.int32))[:, :patches]
+
+
+# Per-token fields of the state, and what a padding row gets.
+_FIELDS = (("index", -1), ("size", 1), ("key_bias", -math.inf))
+
+
+@register("ats")
+class ATS(Reducer):
+    """Adaptive token sampling.
+
+    ``ats.rows.l`` (int32 ``[B, M]``) in the carry tells which rows of its input layer l kept: prefix tokens, then patches
+    by ascending score, -1 for padding.
+
+    Args:
+        depth: layers of the model.
+        layers: layers that sample, default all behind the first quarter.
+        per_image: images do not influence each other: padding is hidden from every later layer (through
+            ``state.key_bias``), packed tokens stay packed without any. False: as published for SWAG models, padding rows
+            are zeroed, but layers that do not sample take them for tokens; equal lengths only.
+        residual: what the skip connection of a sampling layer carries: ``"input"``, or ``"normed"``, the normalised
+            input (as published for SWAG models).
+        eps: with ``per_image=False``, smooths the attention of sampling layers, as ``policy_attention`` does.
+        drop_tokens: cut padded tokens to the longest image (on CUDA this reads its length back); False: shapes stay
+            fixed. Packed tokens are always cut.
+        num_prefix: leading tokens that are no patches; they are always kept. The state's number wins while running.
+        class_token: whether the first token is a class token, which is needed.
+        fast_idle: other layers run the model's own block.
+    """
+
+    def __init__(
+        self,
+        *,
+        depth: int,
+        layers: list[int] | None = None,
+        per_image: bool = True,
+        residual: str = "input",
+        eps: float = 1e-6,
+        drop_tokens: bool = True,
+        num_prefix: int = 1,
+        class_token: bool = True,
+        fast_idle: bool = True,
+    ):
+        super().__init__()
+        layers = list(range(depth // 4, depth)) if layers is None else list(layers)
+        if not all(0 <= layer < depth for layer in layers):
+            raise ValueError(f"ATS: layers must lie in [0, {depth}), got {layers}")
+        if residual not in ("input", "normed"):
+            raise ValueError(f"ATS: residual must be 'input' or 'normed', got {residual!r}")
+        if eps < 0:
+            raise ValueError(f"ATS: eps must be >= 0, got {eps}")
+        if not class_token:
+            raise ValueError("ATS: the model must have a class token, whose attention scores the others, got none")
+        self.layers, self.per_image, self.residual, self.eps = layers, per_image, residual, eps
+        self.drop_tokens, self.num_prefix, self.fast_idle = drop_tokens, num_prefix, fast_idle
+
+    def begin(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
+        """Note which tokens each image starts with (``ats.initial``, bool ``[B, N]``): they make the sampling grid."""
+        return x, state.with_carry(**{"ats.initial": _visible(x, state)})
+
+    def block(self, x: Tensor, state: TokenState, layer: int, run) -> tuple[Tensor, TokenState]:
+        """The model's own block in other layers."""
+        return run.original(x, state) if layer not in self.layers and self.fast_idle else run(x, state)
+
+    def attention(self, x: Tensor, state: TokenState, layer: int, branch) -> tuple[Tensor, TokenState]:
+        """Score, sample, and attend with the sampled queries only."""
+        if layer not in self.layers:
+            return super().attention(x, state, layer, branch)
+        branch.check_dropout()
+        if self.per_image:
+            return self._step(x, state, layer, branch)
+        if not state.uniform(x) or state.key_bias is not None:
+            raise ValueError(
+                "ATS: per_image must be True for packed sequences of different lengths and for a key bias, got False"
+            )
+        padded, inner = state.as_padded(x)
+        y, inner = self._step(padded, inner, layer, branch)
+        return inner.as_packed(y) if state.packed else (y, inner)
+
+    def mlp(self, x: Tensor, state: TokenState, layer: int, branch) -> tuple[Tensor, TokenState]:
+        """Padding rows of sampling layers stay zero."""
+        y, state = super().mlp(x, state, layer, branch)
+        policy = state.carry.get("ats.policy") if layer in self.layers else None
+        return (y if policy is None else y * policy.reshape(*y.shape[:-1], 1).to(y.dtype)), state
+
+    def plan(self, depth: int, n: int) -> list[tuple[int, int]] | None:
+        """The counts depend on the data."""
+        return None if self.layers else [(n, n)] * depth
+
+    def _step(self, x, state, layer, branch):
+        z = branch.norm(x)
+        q, k, v = branch.qkv(z)
+        if self.per_image:
+            policy = _visible(x, state)
+            scores = _scores_alone(q, k, v, state, branch.logit_scale)
+        else:
+            policy = state.carry.get("ats.policy")
+            if policy is not None:
+                q, k, v = (t * policy[..., None, None].to(t.dtype) for t in (q, k, v))
+            scores = _scores_smoothed(q, k, v, policy, self.eps, branch.logit_scale)
+        kept = self._keep(scores, policy, state)
+        if self.per_image:
+            mixed = _attend_alone(q, k, v, kept, state, branch.logit_scale)
+        else:
+            policy = torch.ones(x.shape[:2], device=x.device) if policy is None else policy
+            mixed = kept.take(policy_attention(q, k, v, policy, self.eps, scale=branch.logit_scale).flatten(2))
+        after = _follow(state, kept, layer, hide=self.per_image)
+        z = kept.take(z)
+        y = branch.scale(branch.out(mixed, z), after)
+        y = y + (z if self.residual == "normed" else kept.take(x))
+        return (y if state.packed else y * after.carry["ats.policy"][..., None].to(y.dtype)), after
+
+    def _keep(self, scores, policy, state):
+        prefix, initial = state.num_prefix, state.carry["ats.initial"]
+        sample = ats_sample(
+            scores[:, prefix:],
+            initial.shape[1] - prefix,
+            grid_counts=initial.sum(1) - prefix,
+            valid=None if policy is None else policy[:, prefix:] != 0,
+            published=not self.per_image,
+        )
+        batch, tokens = scores.shape
+        front = torch.arange(prefix, dtype=torch.int32, device=scores.device).expand(batch, -1)
+        rows = torch.cat([front, torch.where(sample.rows < 0, -1, sample.rows + prefix)], 1)
+        if state.packed:
+            slots = select_tokens(rows >= 0)
+            source = (rows + state.cu_seqlens[:-1, None]).flatten()[slots.indices.long()]
+            return _Kept(rows, source, slots.cu_seqlens, state.max_seqlen, tokens, None)
+        if self.drop_tokens:
+            rows = rows.index_select(1, (rows >= 0).any(0).nonzero()[:, 0])  # in every image the kept rows come first
+        batches = torch.arange(batch + 1, dtype=torch.int32, device=scores.device)
+        source = torch.where(rows < 0, -1, rows + batches[:-1, None] * tokens).flatten()
+        return _Kept(rows, source, batches * rows.shape[1], rows.shape[1], tokens, rows.shape)
+
+
+class _Kept(NamedTuple):
+    """What a layer keeps: ``rows [B, M]`` within each image, and the same as flat row numbers ``source [S]``."""
+
+    rows: Tensor
+    source: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    tokens: int  # of each image, before
+    shape: tuple | None  # [B, M] of padded tokens
+
+    def take(self, values):
+        """The kept rows of ``[B, N, C]`` or ``[T, C]``, zeros for padding."""
+        taken = gather_tokens(values.reshape(-1, values.shape[-1]), self.source)
+        return taken if self.shape is None else taken.view(*self.shape, values.shape[-1])
+
+
+def _visible(x, state):
+    """Tokens that exist and are not hidden, bool ``[B, N]``."""
+    bias = state.key_bias
+    if not state.packed:
+        return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if bias is None else bias > -math.inf
+    column = torch.arange(state.max_seqlen, dtype=torch.int32, device=x.device)
+    inside = column < state.cu_seqlens.diff()[:, None]
+    return (
+        inside if bias is None else inside & (pad_rows(bias, state.cu_seqlens, state.max_seqlen, -math.inf) > -math.inf)
+    )
+
+
+def _ragged(q, k, v, state):
+    """Keys and values as packed rows ``[T, H, D]``, and the arguments that say so."""
+    cu_seqlens, max_seqlen = state.sequences(q)
+    bias = None if state.key_bias is None else state.key_bias.reshape(-1)
+    flat = [t.reshape(-1, *t.shape[-2:]) for t in (q, k, v)]
+    return flat, {"cu_seqlens_k": cu_seqlens, "max_seqlen_k": max_seqlen, "key_bias": bias}
+
+
+def _scores_alone(q, k, v, state, scale):
+    """Significance ``[B, N]`` among the tokens of each image."""
+    (q, k, v), keys = _ragged(*(t.detach() for t in (q, k, v)), state)
+    starts = keys["cu_seqlens_k"]
+    one = torch.arange(starts.shape[0], dtype=torch.int32, device=q.device)
+    first = gather_tokens(q.flatten(1), starts[:-1]).view(-1, *q.shape[1:])
+    *_, attention = sparse_attention(first, k, v, cu_seqlens_q=one, max_seqlen_q=1, scale=scale, want_cls=True, **keys)
+    scores = ats_scores(attention[None], v[None])[0]
+    if state.packed:
+        return pad_rows(scores, starts, state.max_seqlen, 0.0)
+    return scores.view(starts.shape[0] - 1, -1)
+
+
+def _scores_smoothed(q, k, v, policy, eps, scale):
+    """Significance ``[B, N]`` by the smoothed attention under a policy."""
+    stat = stat_dtype(q.dtype)
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        logits = torch.einsum("bhd,bnhd->bhn", q[:, 0].to(stat), k.to(stat)) * scale
+        return ats_scores(ats_smooth_row(logits, policy, eps), v)
+
+
+def _attend_alone(q, k, v, kept, state, scale):
+    """Attention of the kept queries to all keys of their image, ``[..., H * D]``."""
+    heads, width = q.shape[-2:]
+    (q, k, v), keys = _ragged(q, k, v, state)
+    chosen = gather_tokens(q.flatten(1), kept.source).view(-1, heads, width)
+    out, _ = sparse_attention(
+        chosen, k, v, cu_seqlens_q=kept.cu_seqlens, max_seqlen_q=kept.max_seqlen, scale=scale, **keys
+    )
+    out = out.flatten(1)
+    return out if kept.shape is None else out.view(*kept.shape, heads * width)
+
+
+def _follow(state, kept, layer, hide):
+    """The state of the kept tokens; ``hide``: padding is hidden from attention."""
+    padding = kept.source < 0
+    fields = {}
+    for name, made in _FIELDS:
+        values = getattr(state, name)
+        if values is not None:
+            values = torch.where(padding, made, values.reshape(-1)[kept.source.clamp(min=0).long()])
+        elif name == "key_bias" and hide and kept.shape is not None:
+            values = torch.where(padding, made, 0.0)
+        fields[name] = values if values is None or kept.shape is None else values.view(kept.shape)
+    place = torch.arange(kept.rows.shape[1], dtype=torch.int32, device=padding.device).expand_as(kept.rows)
+    moved = torch.full((kept.rows.shape[0], kept.tokens + 1), -1, dtype=torch.int32, device=padding.device)
+    moved = moved.scatter(1, torch.where(kept.rows < 0, kept.tokens, kept.rows).long(), place)[:, : kept.tokens]
+    state = state.reparent(moved).replace(**fields).with_carry(**{f"ats.rows.{layer}": kept.rows})
+    if kept.shape is None:
+        return state.replace(cu_seqlens=kept.cu_seqlens)
+    return state.with_carry(**{"ats.policy": kept.rows >= 0})

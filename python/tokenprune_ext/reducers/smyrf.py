@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SMYRF: attention within balanced clusters of queries and keys, over several rounds (Daras et al., arXiv 2010.05315).
+
+An asymmetric transform makes the inner product of a query and a key a function of their distance (section 3.1); random
+projections order queries and keys of every head alike, and the ordered lists are cut into clusters of equal size that
+attend among themselves (section 3.2). Rounds are merged by their log-sum-exp (section 3.3).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..nn import TokenState
+from ..ops import Matching, merge_tokens, select_tokens, sparse_attention
+from ..ops._register import check, check_floating, stat_dtype
+from ._base import Reducer, register
+from ._heads import head_bias, head_rows, real_tokens, token_rows
+
+__all__ = ["SMYRF", "smyrf_attention", "smyrf_hashes", "smyrf_order", "smyrf_transform"]
+
+
+def smyrf_transform(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys of equal norms, ``[R, N, D] -> [R, N, D + 2]``, whose inner products are those of q and k.
+
+    ``q+ = [q, 0, sqrt(S - |q|^2)]``, ``k+ = [k, sqrt(S - |k|^2), 0]``, ``S = max |q|^2 + max |k|^2`` over the row.
+    In float32 at least, without a gradient.
+
+    Args:
+        q: ``[R, Nq, D]``, not scaled. k: ``[R, Nk, D]``.
+    """
+    stat = stat_dtype(q.dtype)
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        q, k = q.to(stat), k.to(stat)
+        q_norm, k_norm = (t.square().sum(-1, keepdim=True) for t in (q, k))
+        if 0 in (q.shape[1], k.shape[1]):
+            return F.pad(q, (0, 2)), F.pad(k, (0, 2))
+        total = q_norm.amax(1, keepdim=True) + k_norm.amax(1, keepdim=True)
+        q_rest, k_rest = ((total - norm).clamp(min=0).sqrt() for norm in (q_norm, k_norm))
+        return torch.cat([q, torch.zeros_like(q_rest), q_rest], -1), torch.cat(
+            [k, k_rest, torch.zeros_like(k_rest)], -1
+        )
+
+
+def smyrf_hashes(q: Tensor, k: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """Real-valued hashes of transformed queries and keys, one per round.
+
+    Args:
+        q: ``[R, Nq, D]``, not scaled. k: ``[R, Nk, D]``.
+        alpha: normal draws ``[D + 2, rounds]``. beta: uniform draws ``[rounds]`` or ``[1, rounds]``; it moves all values
+            of a round alike, so the order does not depend on it.
+
+    Returns:
+        ``([rounds, R, Nq], [rounds, R, Nk])`` float32 (float64 for float64 values), without a gradient.
+
+    Raises:
+        ValueError, TypeError: wrong shape, dtype or device, or no round.
+    """
+    op = "smyrf_hashes"
+    _check_rows(op, q, k)
+    width = q.shape[2] + 2
+    check(
+        alpha.dim() == 2 and alpha.shape[0] == width, op, "alpha", "have shape [{}, rounds]", tuple(alpha.shape), width
+    )
+    rounds = alpha.shape[1]
+    check(rounds > 0, op, "alpha", "hold at least one round", tuple(alpha.shape))
+    check(beta.numel() == rounds, op, "beta", "have shape [{}]", tuple(beta.shape), rounds)
+    for name, draw in (("alpha", alpha), ("beta", beta)):
+        check(draw.device == q.device, op, name, "be on {}", draw.device, q.device)
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        moved = smyrf_transform(q, k)
+        alpha, beta = alpha.to(moved[0].dtype), beta.to(moved[0].dtype).reshape(-1, 1, 1)
+        return tuple((t @ alpha).permute(2, 0, 1).contiguous() + beta for t in moved)
+
+
+def smyrf_order(hashes: Tensor, hidden: Tensor | None = None) -> Tensor:
+    """Positions by ascending hash, int64 ``[rounds, R, N]``; ties in order of position.
+
+    Args:
+        hashes: ``[rounds, R, N]``.
+        hidden: bool ``[R, N]``: tokens that come last.
+    """
+    if hidden is not None:
+        hashes = hashes.masked_fill(hidden, math.inf)
+    return hashes.argsort(dim=-1, stable=True)
+
+
+def smyrf_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_order: Tensor,
+    k_order: Tensor,
+    *,
+    q_size: int,
+    k_size: int,
+    scale: float | None = None,
+    per_row: bool = True,
+    q_valid: Tensor | None = None,
+    k_valid: Tensor | None = None,
+    key_bias: Tensor | None = None,
+) -> Tensor:
+    """Attention within clusters of ``q_size`` queries and ``k_size`` keys, merged over the rounds.
+
+    A key that a query meets in several rounds counts several times.
+
+    Args:
+        q: ``[R, Nq, D]``; k, v: ``[R, Nk, D]``; rows of tokens, one per image and head.
+        q_order, k_order: int64 ``[rounds, R, Nq]``, ``[rounds, R, Nk]`` from :func:`smyrf_order`; tokens that are not
+            valid come last.
+        q_size, k_size: cluster sizes. Clusters of one row are as equal as can be and never larger.
+        scale: factor of the logits, default ``D ** -0.5``.
+        per_row: clusters end where a row ends. False: as published, the rounds and rows are one list that is cut every
+            ``q_size`` queries and ``k_size`` keys; where the row length is no multiple of the size, the end of a row
+            shares a cluster with the start of the next one, of another head, image or round.
+        q_valid, k_valid: bool ``[R, Nq]``, ``[R, Nk]``: slots that hold tokens (default all).
+        key_bias: ``[R, Nk]``, added to the logits of each key.
+
+    Returns:
+        ``[R, Nq, D]``; zeros for queries that met no key. Differentiable in q, k, v and key_bias, also through the
+        weights of the rounds; the order is a constant.
+
+    Raises:
+        ValueError, TypeError: wrong shape, dtype or device; sizes that are not positive; with ``per_row=False`` also a
+            list that is no multiple of its size, or lists with different numbers of clusters.
+    """
+    op = "smyrf_attention"
+    _check_rows(op, q, k)
+    check(v.shape == k.shape and v.dtype == k.dtype, op, "v", "be like k {}", tuple(v.shape), tuple(k.shape))
+    rounds, (rows, tokens, width) = q_order.shape[0], q.shape
+    for name, order, like in (("q_order", q_order, q), ("k_order", k_order, k)):
+        wanted = (rounds, *like.shape[:2])
+        check(tuple(order.shape) == wanted, op, name, "have shape {}", tuple(order.shape), list(wanted))
+    for name, size in (("q_size", q_size), ("k_size", k_size)):
+        check(size > 0, op, name, "be positive", size)
+    plain = q_valid is None and k_valid is None
+    check(plain or per_row, op, "per_row", "be True for rows of different lengths", per_row)
+    cut = _cut_rows if per_row else _cut_list
+    (q_index, q_starts), (k_index, k_starts) = cut(q_order, k_order, q_size, k_size, q_valid, k_valid)
+    if key_bias is not None:
+        key_bias = key_bias.flatten()[k_index.clamp(min=0).long()]
+    out, lse = sparse_attention(
+        *(t.reshape(-1, 1, width) for t in (q, k, v)),
+        cu_seqlens_q=q_starts,
+        cu_seqlens_k=k_starts,
+        max_seqlen_q=torch.sym_min(q_size, tokens) if per_row else q_size,
+        max_seqlen_k=torch.sym_min(k_size, k.shape[1]) if per_row else k_size,
+        key_bias=key_bias,
+        scale=scale,
+        index=q_index,
+        index_k=k_index,
+    )
+    return _merge_rounds(out, lse, q_index[None], rows * tokens).view(q.shape)
+
+
+def _merge_rounds(out, lse, query, count):
+    """Rounds ``[S, 1, D]`` of the queries ``[1, S]`` (-1 = none) -> ``[count, D]``, weighted with ``exp(lse)``."""
+    matching = Matching(query, query, query, query, count)
+    top = merge_tokens(lse.detach()[..., None], matching, mode="amax")[0][0, :, 0]
+    unseen = lse == -math.inf
+    weight = torch.where(unseen, 0, (torch.where(unseen, 0, lse) - top[query.clamp(min=0).long()]).exp())
+    return merge_tokens(out.view(1, -1, out.shape[-1]), matching, size=weight, mode="weighted")[0][0]
+
+
+def _cut_list(q_order, k_order, q_size, k_size, q_valid, k_valid):
+    """The published cut: one list over rounds, rows and positions."""
+    op, sides = "smyrf_attention", []
+    for name, order, size in (("q_size", q_order, q_size), ("k_size", k_order, k_size)):
+        slots = order.numel()
+        check(slots % size == 0, op, name, "divide rounds * rows * tokens ({})", size, slots)
+        starts = torch.arange(0, slots // size + 1, dtype=torch.int32, device=order.device) * size
+        sides.append((_flat(order), starts))
+    clusters = [order.shape[2] // size for order, size in ((q_order, q_size), (k_order, k_size))]
+    check(
+        sides[0][1].shape == sides[1][1].shape and clusters[0] == clusters[1],
+        op,
+        "q_size and k_size",
+        "make as many clusters of queries as of keys",
+        f"{q_order.numel() // q_size} and {k_order.numel() // k_size}",
+    )
+    return sides
+
+
+def _cut_rows(q_order, k_order, q_size, k_size, q_valid, k_valid):
+    """Every row by itself: the fewest clusters that keep to both sizes, as equal as can be."""
+    lengths = [_lengths(order, valid) for order, valid in ((q_order, q_valid), (k_order, k_valid))]
+    needed = [-(-length // size) for length, size in zip(lengths, (q_size, k_size))]
+    clusters = torch.maximum(*needed).clamp(min=1)
+    slots = torch.sym_max(-(-q_order.shape[2] // q_size), -(-k_order.shape[2] // k_size))
+    number = torch.arange(slots, dtype=torch.int64, device=q_order.device)
+    sides = []
+    for order, valid, length in zip((q_order, k_order), (q_valid, k_valid), lengths):
+        index, begin = _flat(order), None
+        if valid is None:
+            begin = (
+                torch.arange(order.shape[0] * order.shape[1], dtype=torch.int32, device=order.device) * order.shape[2]
+            )
+        else:
+            place = torch.arange(order.shape[2], device=order.device) < length[:, None]
+            chosen = select_tokens(place.expand(order.shape).flatten(0, 1), capacity=order.numel())
+            index = torch.where(chosen.indices < 0, -1, index[chosen.indices.clamp(min=0).long()])
+            begin = chosen.cu_seqlens[:-1]
+        bounds = number.clamp(max=clusters[:, None]) * length[:, None] // clusters[:, None]
+        starts = (begin.view(order.shape[0], -1, 1) + bounds).flatten().to(torch.int32)
+        end = length.sum(0, keepdim=True).to(torch.int32) * order.shape[0]
+        sides.append((index, torch.cat([starts, end])))
+    return sides
+
+
+def _lengths(order, valid):
+    """Tokens of each row, int64 ``[R]``."""
+    rows, tokens = order.shape[1:]
+    return torch.full((rows,), tokens, device=order.device) if valid is None else valid.sum(1)
+
+
+def _flat(order):
+    """Positions within rows -> row numbers of ``[R * N]``, int32 ``[rounds * R * N]``."""
+    rows, tokens = order.shape[1:]
+    return (order + torch.arange(rows, device=order.device)[:, None] * tokens).flatten().to(torch.int32)
+
+
+def _check_rows(op, q, k):
+    check_floating(op, q=q, k=k)
+    check(q.dim() == 3, op, "q", "have shape [R, N, D]", tuple(q.shape))
+    wanted = (q.shape[0], k.shape[-2], q.shape[2])
+    check(tuple(k.shape) == wanted, op, "k", "have shape {}", tuple(k.shape), list(wanted))
+
+
+@register("smyrf")
+class SMYRF(Reducer):
+    """Attention in balanced clusters.
+
+    The draws of layer ``l`` are made in ``begin``, fresh for every forward, or given in the carry: ``smyrf.alpha.l``
+    ``[D + 2, rounds]`` (normal) and ``smyrf.beta.l`` ``[1, rounds]`` (uniform), shared by all heads and images, queries
+    and keys.
+
+    Args:
+        depth: layers of the model.
+        layers: layers with clustered attention, default the second half.
+        rounds: how often clusters are formed.
+        cluster_size: tokens per cluster.
+        per_row: clusters stay within one head of one image, so that a result does not depend on the rest of the batch.
+            False: as published for SWAG models, see :func:`smyrf_attention`.
+        width: of the range of the offsets.
+        embed_dim, head_dim: of the model; one of them is needed for the draws.
+        generator: random generator of the draws.
+        fast_idle: other layers run the model's own block.
+    """
+
+    def __init__(
+        self,
+        *,
+        depth: int,
+        layers: list[int] | None = None,
+        rounds: int = 32,
+        cluster_size: int = 64,
+        per_row: bool = True,
+        width: float = 1.0,
+        embed_dim: int | None = None,
+        head_dim: int | None = None,
+        generator: torch.Generator | None = None,
+        fast_idle: bool = True,
+    ):
+        super().__init__()
+        layers = list(range(depth // 2, depth)) if layers is None else list(layers)
+        if not all(0 <= layer < depth for layer in layers):
+            raise ValueError(f"SMYRF: layers must lie in [0, {depth}), got {layers}")
+        for name, value in (("rounds", rounds), ("cluster_size", cluster_size), ("width", width)):
+            if value <= 0:
+                raise ValueError(f"SMYRF: {name} must be positive, got {value}")
+        self.layers, self.rounds, self.cluster_size, self.per_row = layers, rounds, cluster_size, per_row
+        self.width, self.generator, self.fast_idle = width, generator, fast_idle
+        self.head_dim = embed_dim if head_dim is None else head_dim  # heads are never wider than the model
+
+    def begin(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
+        """Draw the projections of all layers, except where they are given."""
+        draws = {}
+        width = x.shape[-1] if self.head_dim is None else self.head_dim
+        options = {"dtype": stat_dtype(x.dtype), "device": x.device}
+        for layer in self.layers:
+            if f"smyrf.alpha.{layer}" not in state.carry:
+                alpha, beta = torch.empty(width + 2, self.rounds, **options), torch.empty(1, self.rounds, **options)
+                draws[f"smyrf.alpha.{layer}"] = alpha.normal_(generator=self.generator)
+                draws[f"smyrf.beta.{layer}"] = beta.uniform_(0, self.width, generator=self.generator)
+        return x, state.with_carry(**draws)
+
+    def block(self, x: Tensor, state: TokenState, layer: int, run) -> tuple[Tensor, TokenState]:
+        """The model's own block in other layers."""
+        return run.original(x, state) if layer not in self.layers and self.fast_idle else run(x, state)
+
+    def attention(self, x: Tensor, state: TokenState, layer: int, branch) -> tuple[Tensor, TokenState]:
+        """Clustered attention between the branch's projections."""
+        if layer not in self.layers:
+            return super().attention(x, state, layer, branch)
+        branch.check_dropout()
+        z = branch.norm(x)
+        like, k, v = branch.qkv(z)
+        valid, bias = real_tokens(like, state), head_bias(like, state)
+        q, k, v = (head_rows(t, state) for t in (like, k, v))
+        alpha, beta = state.carry[f"smyrf.alpha.{layer}"], state.carry[f"smyrf.beta.{layer}"]
+        hidden = None if bias is None else bias == -math.inf
+        hidden = ~valid if hidden is None and valid is not None else hidden
+        orders = [smyrf_order(h, hidden) for h in smyrf_hashes(q, k, alpha[: q.shape[-1] + 2], beta)]
+        mixed = smyrf_attention(
+            q,
+            k,
+            v,
+            *orders,
+            q_size=self.cluster_size,
+            k_size=self.cluster_size,
+            scale=branch.logit_scale,
+            per_row=self.per_row,
+            q_valid=valid,
+            k_valid=valid,
+            key_bias=bias,
+        )
+        return x + branch.scale(branch.out(token_rows(mixed, state, like), z), state), state
+
+    def plan(self, depth: int, n: int) -> list[tuple[int, int]]:
+        """All tokens pass everywhere."""
+        return [(n, n)] * depth
