@@ -62,7 +62,4 @@ NOT_BUILT = {
     "swag/hourglass_swag",
     "swag/naive_unpool",
     "swag/reconstruct",
-    "swag_methods/act_vit",
-    "swag_methods/ats_vit",
-    "swag_methods/smyrf_vit",
 }

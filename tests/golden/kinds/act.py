@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kinds of ACT."""
 
+import torch
 from tokenprune_ext.reducers.act import (
     act_attention,
     act_broadcast,
@@ -10,6 +11,13 @@ from tokenprune_ext.reducers.act import (
 )
 
 from tests.golden.harness import kind
+from tests.golden.kinds.swag import NETWORK, run_swag
+
+
+def plugged(config, method, depth):
+    """Layers between plug-in and plug-out; -1, or nothing behind the plug-in, is the end."""
+    first, end = config.get(f"{method}_plug_in_index", 0), config.get(f"{method}_plug_out_index", -1)
+    return list(range(first, end if end > first else depth))
 
 
 def cut(groups):
@@ -75,3 +83,40 @@ def attention(golden):
         result |= {f"mid.{name}_groups": groups[name].ids, f"mid.{name}_counts": cut(groups[name])}
     y = act_attention(*leaves.values(), groups.get("q"), groups.get("k"), scale=float(config["softmax_temp"]))
     return result | {"out.y": y} | golden.gradients({"y": y}, leaves)
+
+
+@kind(
+    "swag_methods/act_vit",
+    NETWORK
+    | {
+        "act_group_k": (True,),
+        "act_k_hashes": int,
+        "act_layers": [int],
+        "act_plug_in_index": int,
+        "act_plug_out_index": int,
+        "act_q_hashes": int,
+        "batch": int,
+        "method": ("act",),
+        "seed": int,
+    },
+)
+def act_vit(golden):
+    config = golden.config
+    layers = plugged(config, "act", config["num_layers"])
+    assert layers == config["act_layers"]
+    options = {name: config[f"act_{name}"] for name in ("group_k", "q_hashes", "k_hashes") if f"act_{name}" in config}
+    names = ["q", "k"] if options.get("group_k") else ["q"]
+    carry = {}
+    for layer in layers:
+        for name in names:
+            carry[f"act.{name}_projection.{layer}"] = golden[f"in.layer_{layer}.proj_{name}"]
+            carry[f"act.{name}_offset.{layer}"] = golden[f"in.layer_{layer}.bias_{name}"]
+    run = run_swag(golden, "act", carry=carry, layers=layers, **options)
+    result = run.results(golden) | run.outputs()
+    for layer in layers:
+        for name in names:
+            ids = run.state.carry[f"act.{name}_groups.{layer}"].flatten(0, 1)
+            numbers = torch.arange(int(ids.max()) + 1, device=ids.device)
+            result[f"out.layer_{layer}.{name}_groups"] = ids
+            result[f"out.layer_{layer}.{name}_counts"] = (ids[..., None] == numbers).sum(1)
+    return result

@@ -9,6 +9,7 @@ from tokenprune_ext.reducers.ats import ats_sample, ats_scores, ats_smooth_row
 
 from tests.golden.harness import kind
 from tests.golden.kinds.evit import swag_block
+from tests.golden.kinds.swag import NETWORK, run_swag
 
 EPS = 1e-6
 
@@ -96,3 +97,33 @@ def ats_block(golden):
     result = {"out.y": y, "out.policy": state.carry["ats.policy"][..., None].float()}
     leaves = {"x": leaf} | {f"param.{n}": p for n, p in parameters.items()}
     return result | golden.gradients({"y": y}, leaves)
+
+
+@kind(
+    "swag_methods/ats_vit",
+    NETWORK
+    | {
+        "ats_blocks": [int],
+        "batch": int,
+        "drop_tokens": bool,
+        "method": ("ats",),
+        "num_tokens": int,
+        "residual": ("layer_normed_input (port)",),
+        "seed": int,
+    },
+)
+def ats_vit(golden):
+    config = golden.config
+    assert config["num_tokens"] > (config["image_size"] // config["patch_size"]) ** 2  # fewer never worked
+    options = {"per_image": False, "residual": "normed", "eps": EPS, "drop_tokens": config["drop_tokens"]}
+    run = run_swag(golden, "ats", trace=True, layers=config["ats_blocks"], **options)
+    result = run.results(golden) | run.outputs()
+    for layer in config["ats_blocks"]:
+        state = run.layers[layer][1]
+        rows = state.carry[f"ats.rows.{layer}"]
+        result |= {
+            f"out.layer_{layer}.pos": rows[:, 1:],
+            f"out.layer_{layer}.count": (rows >= 0).sum(1),
+            f"out.layer_{layer}.patch_ids": state.index[:, 1:],
+        }
+    return result
