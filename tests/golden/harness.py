@@ -103,11 +103,20 @@ def load(path: Path, device) -> Golden:
 def check_config(golden: Golden):
     """An unknown key or an illegal value is a failure: it would silently test something else."""
     rules = config_rules[golden.kind]
-    for key, value in golden.config.items():
+    for key, value in _flat(golden.config):
         assert key in rules, f"{golden.kind}: unknown configuration key {key!r}"
         rule = rules[key]
         legal = any(_is(value, one) for one in rule) if isinstance(rule, tuple) else _is(value, rule)
         assert legal, f"{golden.kind}: {key} = {value!r} is not {rule}"
+
+
+def _flat(config, start=""):
+    """Pairs of dotted key and value; a list of dicts is one value."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{start}{key}.")
+        else:
+            yield f"{start}{key}", value
 
 
 def _is(value, rule):

@@ -59,7 +59,6 @@ NOT_BUILT = {
     "svit_detection/svit_adapter",
     "svit_detection/vit_adapter",
     "swag/cluster",
-    "swag/hourglass_swag",
     "swag/naive_unpool",
     "swag/reconstruct",
 }

@@ -5,6 +5,7 @@ import argparse
 import os
 import pathlib
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from importlib import import_module
@@ -91,22 +92,34 @@ def read_checkpoint(file: str | os.PathLike) -> object:
             from safetensors.torch import load_file
 
             return load_file(path)
-        # Trainers save their arguments beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace, pathlib.PosixPath]):
+        with torch.serialization.safe_globals(_harmless()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "weights_only" not in str(error).lower() and "unsupported global" not in str(error).lower():
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        if named is None:
             raise _damaged(path, error) from None
         raise ValueError(
-            f"load_checkpoint: {path} must hold tensors and plain values only, got other objects in it; save its state "
-            "dict on its own, where you trust the file"
+            f"load_checkpoint: {path} must hold tensors and plain values only, got a {named[1]}; nothing is executed "
+            "from a file: save its state dict on its own, where you trust it"
         ) from None
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, IndexError, zipfile.BadZipFile) as error:
         raise _damaged(path, error) from None
     except Exception as error:
-        if type(error).__name__ != "SafetensorError":
+        if type(error).__name__ != "SafetensorError":  # its module may not be there to name it
             raise
         raise _damaged(path, error) from None
+
+
+def _harmless():
+    """Plain values that trainers save beside the weights: arguments, paths, numbers of numpy."""
+    allowed = [argparse.Namespace, pathlib.PosixPath]
+    try:
+        import numpy as np
+        from numpy._core import multiarray
+    except ModuleNotFoundError:  # torch works without numpy, and numpy 1 has it elsewhere
+        return allowed
+    scalars = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)]
+    return [*allowed, np.dtype, *scalars, multiarray.scalar, (multiarray.scalar, "numpy.core.multiarray.scalar")]
 
 
 def find_weights(content: object, name: str = "the given object") -> dict[str, Tensor]:
@@ -131,7 +144,7 @@ def find_weights(content: object, name: str = "the given object") -> dict[str, T
 
 
 def _damaged(path, error):
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = f"{type(error).__name__}: {error}".splitlines()[0].strip(": ")
     return ValueError(
         f"load_checkpoint: {path} must be a complete checkpoint, got a damaged or foreign file ({reason})"
     )

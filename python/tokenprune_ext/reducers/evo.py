@@ -54,6 +54,8 @@ class EvoViT(Reducer):
         if isinstance(ratio, (int, float)):
             if layer < 0:
                 raise ValueError(f"EvoViT: layer must be >= 0, got {layer}")
+            if not 0 <= ratio <= 1:
+                raise ValueError(f"EvoViT: ratio must lie in [0, 1], got {ratio}")
             ratio = [1.0] * min(layer, depth) + [ratio] * max(depth - layer, 0)
         tradeoff = [tradeoff] * depth if isinstance(tradeoff, (int, float)) else list(tradeoff)
         for name, values in (("ratio", ratio), ("tradeoff", tradeoff)):

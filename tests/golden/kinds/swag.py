@@ -111,3 +111,39 @@ def pos_embed_resize(golden):
     embedding = golden["in.pos_embedding"]
     assert embedding.shape[0] == golden.config["old_grid"] ** 2 + 1
     return {"out.pos_embedding": resize_pos_embedding(embedding, (golden.config["new_grid"],) * 2)}
+
+
+@kind(
+    "swag/hourglass_swag",
+    NETWORK
+    | RATES
+    | {
+        "classifier": ("token",),
+        "cluster_after_output": bool,
+        "cluster_iters": int,
+        "cluster_temperture": float,
+        "cluster_window_size": int,
+        "clustering_location": int,
+        "model": ("hourglass_swag_vit",),
+        "num_classes": (int, None),
+        "num_cluster": (int, [int]),
+    },
+)
+def hourglass_swag(golden):
+    config = golden.config
+    location, clusters = config["clustering_location"], config["num_cluster"]
+    named = {"cluster_iters": "iters", "cluster_temperture": "temperature", "cluster_window_size": "window"}
+    run = run_swag(
+        golden,
+        "hourglass",
+        # Behind the output of a layer is in front of the next one.
+        layer=location + int(config["cluster_after_output"]) if location >= 0 else -1,
+        clusters=tuple(clusters) if isinstance(clusters, list) else clusters,
+        **{named[key]: config[key] for key in named if key in config},
+    )
+    result = run.results(golden)
+    if "centers" in run.state.carry:
+        side = config["image_size"] // config["patch_size"]
+        result["mid.cluster_centers"] = run.state.carry["centers"]
+        result["mid.cluster_input_map"] = run.state.carry["features"].transpose(1, 2).unflatten(2, (side, side))
+    return result

@@ -57,7 +57,7 @@ def merges(golden, state, made, batch, tokens):
         result["out.source"] = source_matrix(state.carry.get("parent"), batch, tokens, state.size.shape[1])
     for i, matching in enumerate(made):
         # Some files list the pairs by source instead of by similarity.
-        listed = golden[f"mid.match{i}.src_idx"] if f"mid.match{i}.src_idx" in golden else matching.src
+        listed = golden.tensors.get(f"mid.match{i}.src_idx", matching.src)
         ascending = torch.equal(listed, listed.sort(1).values)
         order = matching.src.argsort(1) if ascending else torch.arange(matching.src.shape[1]).expand(batch, -1)
         result |= {
