@@ -68,7 +68,9 @@ class Executed:
 def test_other_objects_are_refused_and_nothing_runs(content, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": WEIGHTS, "hook": content}, "file.pth")
-    with pytest.raises(ValueError, match=r"file.pth must hold tensors and plain values only, got a .*(getattr|Decimal)"):
+    with pytest.raises(
+        ValueError, match=r"file.pth must hold tensors and plain values only, got a .*(getattr|Decimal)"
+    ):
         loaded("file.pth")
     assert not pathlib.Path("executed").exists()
 

@@ -16,7 +16,7 @@ from tokenprune_ext._patch import features, patched  # noqa: E402
 
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 7}
 PREFIXES = ("beit", "deit", "eva", "flexivit", "naflexvit", "samvit", "test_vit", "vit_")
-NAMES = [name for name in timm.list_models() if name.startswith(PREFIXES)]
+NAMES = [name for name in timm.list_models() if name.startswith(PREFIXES) and name not in tp.list_models()]
 
 # Blocks that are no pre-norm attention and MLP in a row, or another attention.
 REFUSED = {
@@ -140,6 +140,30 @@ def test_training_step_equals_the_original(family, method):
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     for original, patched_ in zip(*gradients, strict=True):
         torch.testing.assert_close(patched_, original, atol=1e-9, rtol=1e-7)
+
+
+@pytest.mark.parametrize("prefix", [{}, {"reg_tokens": 2}, {"class_token": False}])
+def test_weighted_pooling_is_the_mean_over_all_patches(prefix):
+    """The published MAE variant: every token counts as often as the patches it stands for."""
+    model, images = small("deit_tiny_patch16_224", global_pool="avg", **prefix)
+    tp.patch(model, "tome", r=3, weighted_pool=True, trace_source=True)
+    with torch.no_grad():
+        x, state = features(model, images)
+        patches = model.token_reducer.restore(x[:, state.num_prefix :], state)
+        assert patches.shape[1] == 16
+        expected = model.head(model.fc_norm(patches.mean(1)))
+        torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            model.forward_head(model.token_reducer.pool(x, state)), expected, atol=1e-5, rtol=1e-5
+        )
+        tp.unpatch(model)
+        plain = model(images)
+        with patched(model, "tome", r=0, weighted_pool=True):
+            torch.testing.assert_close(model(images), plain)
+        with patched(model, "tome", r=3):
+            unweighted = model(images)
+        assert not torch.allclose(unweighted, expected, atol=1e-4)
+        assert "forward" not in vars(model) and torch.equal(model(images), plain)
 
 
 def test_gate():

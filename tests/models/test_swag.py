@@ -16,8 +16,12 @@ from tokenprune_ext.models.swag import swag_vit  # noqa: E402
 SIZES = {"b16": (86_859_496, 577, 12), "l16": (305_174_504, 1025, 24), "h14": (633_470_440, 1370, 32)}
 TINY = {"image_size": 32, "patch_size": 4, "num_layers": 6, "num_heads": 2, "hidden_dim": 8, "mlp_dim": 12}
 # Few tokens ask for settings of their own where the published ones would not fit.
-SMALL = {"hourglass_vit": {"clustering_location": 2, "num_cluster": 9}, "e_vit": {"drop_loc": [1, 3]}}
-PREFIXES = ("hourglass_vit", "tome_vit", "e_vit", "evo_vit")
+SMALL = {
+    "hourglass_vit": {"clustering_location": 2, "num_cluster": 9},
+    "ats_vit": {"ats_blocks": [2]},
+    "smyrf_vit": {"smyrf_n_hashes": 2, "smyrf_q_cluster_size": 4, "smyrf_k_cluster_size": 4},
+}
+PREFIXES = ("hourglass_vit", "tome_vit", "e_vit", "evo_vit", "ats_vit", "act_vit", "smyrf_vit")
 
 
 def meta(name, **options):
@@ -77,9 +81,26 @@ def test_methods_differ_from_the_defaults_of_their_papers_where_the_tables_do():
     reducer = meta("e_vit_l16_in1k").token_reducer
     assert reducer.score_mode == "mean" and not reducer.fuse_token
     assert meta("tome_vit_l16_in1k").token_reducer.prop_attn
+    assert meta("ats_vit_l16_in1k").token_reducer.residual == "normed"
+    assert not meta("ats_vit_l16_in1k", num_tokens=1025).token_reducer.per_image
+    assert not meta("smyrf_vit_l16_in1k").token_reducer.per_row
     hourglass = meta("hourglass_vit_l16_in1k", cluster_temperture=0.5, cluster_iters=3, cluster_window_size=7)
     assert (hourglass.token_reducer.iters, hourglass.token_reducer.window) == (3, 7)
     assert hourglass.token_reducer.temperature == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "layers"),
+    [
+        ("ats_vit_l16_in1k", {}, [20]),
+        ("ats_vit_h14_in1k", {"ats_blocks": (14, 16)}, [14, 16]),
+        ("act_vit_b16_in1k", {"act_q_hashes": 16}, list(range(12))),
+        ("act_vit_b16_in1k", {"act_plug_in_index": 2, "act_plug_out_index": 5}, [2, 3, 4]),
+        ("smyrf_vit_l16_in1k", {"smyrf_plug_in_index": 12}, list(range(12, 24))),
+    ],
+)
+def test_layers_of_the_other_methods(name, options, layers):
+    assert list(meta(name, **options).token_reducer.layers) == layers
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
@@ -151,7 +172,7 @@ def test_hub():
     spec.loader.exec_module(hub)
     assert sys.path == before and "timm" in hub.dependencies
     assert all(callable(getattr(hub, name)) for name in tp.list_models())
-    assert hub.e_vit_b16_in1k(base_keep_rate=0.5, **TINY).token_reducer.keep[3] == 0.5
+    assert hub.e_vit_b16_in1k(base_keep_rate=0.6, drop_loc=[2], **TINY).token_reducer.keep[2] == 0.6
 
 
 def test_list_models():
@@ -168,6 +189,8 @@ def test_list_models():
         ("vit_b16_in1k", {"tome_r": 4}, r"got \['tome_r'\]"),
         ("tome_vit_b16_in1k", {"tome_r": -4}, "no negative number of merges"),
         ("hourglass_vit_b16_in1k", {"num_cluster": 1000}, "square number"),
+        ("ats_vit_l16_in1k", {"num_tokens": 197}, "num_tokens must be at least the 1025 tokens"),
+        ("smyrf_vit_l16_in1k", {"smyrf_k_cluster_size": 32}, "must equal smyrf_k_cluster_size, got 64 and 32"),
         ("evo_vit_b16_in1k", {"evo_prune_location": 0}, "layer 0 must be a plain one"),
         ("vit_b16_in1k", {"image_size": 100}, "multiple of patch_size 16, got 100"),
         ("vit_b16_in1k", {"image_size": 8}, "multiple of patch_size 16, got 8"),

@@ -1,16 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SWAG vision transformers (Singh et al., arXiv 2201.08371), dense and with the token reductions of the tables of
-"Expediting Large-Scale Vision Transformer for Dense Prediction" (Liang et al., arXiv 2210.01035).
+"""SWAG vision transformers (Singh et al., arXiv 2201.08371): timm's ``VisionTransformer`` with LayerNorm eps 1e-6.
 
-The network is timm's ``VisionTransformer`` with LayerNorm eps 1e-6; a method is put in by :func:`tokenprune_ext.patch`,
-adds no parameter, and loads the same official file. Names and keywords are those of the published hub functions. Their
-defaults are the published ones, with these exceptions, where those would reduce nothing or not run: the resolution is
-the one of the weights (published: 224), and ToMe, Hourglass and ATS start with the first row of their table (published:
-no merging, a number of clusters that is no square, no block).
+Their token reductions are in ``swag_methods.py``.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -18,13 +11,12 @@ from timm.layers import LayerNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from .._patch import patch
 from ._base import check_options, register
 
-__all__ = ["swag_vit"]
+__all__ = ["OPTIONS", "SIZES", "swag_sized", "swag_vit"]
 
 # patch size, width, MLP width, layers, heads, resolution of the *_in1k weights
-_SIZES = {
+SIZES = {
     "b16": (16, 768, 3072, 12, 12, 384),
     "l16": (16, 1024, 4096, 24, 16, 512),
     "h14": (14, 1280, 5120, 32, 16, 518),
@@ -137,80 +129,15 @@ def _initialise(model):
         nn.init.zeros_(model.head.bias)
 
 
-# ---------------------------------------------------------------- published methods
+def swag_sized(size: str, published: bool = True, **options) -> VisionTransformer:
+    """A network of one of ``SIZES``.
 
-
-@dataclass(frozen=True)
-class _Method:
-    """A method of the tables: the reducer, and what the keywords of its hub function mean to it.
-
-    Attributes:
-        reducer: its name, see :func:`tokenprune_ext.patch`.
-        options: keyword of the hub function -> option of the reducer, or None for what ``convert`` reads itself.
-        defaults: of the hub function, given the size.
-        fixed: options of the reducer that the tables were measured with.
-        convert: hub keywords -> options, for what is no plain renaming.
+    Args:
+        size: ``"b16"``, ``"l16"`` or ``"h14"``.
+        published: with the classifier and the resolution of the ``*_in1k`` weights.
+        options: ``OPTIONS``; they win.
     """
-
-    reducer: str
-    options: dict[str, str | None]
-    defaults: Callable[[str], dict]
-    fixed: dict
-    convert: Callable[[dict], dict] = lambda hub: {}
-
-
-def _thirds(size):
-    layers = _SIZES[size][3]
-    return [layers // 4, layers // 2, 3 * layers // 4]
-
-
-_FIRST_ROWS = {
-    "hourglass": {"b16": (6, 256), "l16": (12, 529), "h14": (10, 676)},
-    "ats": {"b16": 8, "l16": 20, "h14": 18},
-}
-
-_METHODS = {
-    "hourglass_vit": _Method(
-        "hourglass",
-        {
-            "clustering_location": "layer",
-            "num_cluster": "clusters",
-            "cluster_iters": "iters",
-            "cluster_temperture": "temperature",  # spelled so in the published interface
-            "cluster_window_size": "window",
-            "cluster_after_output": None,
-        },
-        lambda size: dict(zip(("clustering_location", "num_cluster"), _FIRST_ROWS["hourglass"][size], strict=True)),
-        {},
-        # Behind the output of a layer is in front of the next one; -1 never clusters.
-        lambda hub: (
-            {"layer": hub["clustering_location"] + 1}
-            if hub.get("cluster_after_output") and hub["clustering_location"] >= 0
-            else {}
-        ),
-    ),
-    "tome_vit": _Method("tome", {"tome_r": "r"}, lambda size: {"tome_r": 10}, {"prop_attn": True}),
-    "e_vit": _Method(
-        "evit",
-        {"base_keep_rate": "keep", "drop_loc": "layers", "fuse_token": "fuse_token"},
-        lambda size: {"base_keep_rate": 0.7, "drop_loc": _thirds(size), "fuse_token": False},
-        {"score_mode": "mean"},
-    ),
-    "evo_vit": _Method(
-        "evo",
-        {"evo_prune_ratio": "ratio", "evo_prune_location": "layer", "evo_tradeoff": "tradeoff"},
-        lambda size: {"evo_prune_ratio": 0.5, "evo_prune_location": 4},
-        {},
-    ),
-}
-
-
-def _build(size, published, **options):
-    """The dense model of a size; ``published``: with the classifier and resolution of the *_in1k weights."""
-    patch_size, hidden_dim, mlp_dim, num_layers, num_heads, resolution = _SIZES[size]
-    for alias, name in _ALIASES.items():
-        if alias in options:
-            options[name] = options.pop(alias)
+    patch_size, hidden_dim, mlp_dim, num_layers, num_heads, resolution = SIZES[size]
     setting = {
         "image_size": resolution if published else _PRETRAINING,
         "patch_size": patch_size,
@@ -219,16 +146,20 @@ def _build(size, published, **options):
         "num_layers": num_layers,
         "num_heads": num_heads,
         "num_classes": 1000 if published else None,
-    } | options
-    return swag_vit(**setting)
+    }
+    return swag_vit(**setting | {_ALIASES.get(name, name): value for name, value in options.items()})
 
 
-def _register_dense(size, published):
+# Keywords of swag_vit, and timm's names for some of them.
+OPTIONS = (*swag_vit.__kwdefaults__, *_ALIASES)
+
+
+def _register(size, published):
     name = f"vit_{size}_in1k" if published else f"vit_{size}"
 
     def build(**options):
-        check_options(name, options, [*_known(), *_ALIASES])
-        return _build(size, published, **options)
+        check_options(name, options, OPTIONS)
+        return swag_sized(size, published, **options)
 
     what = "fine-tuned on ImageNet-1k" if published else "pre-trained, without a classifier"
     build.__doc__ = f"SWAG ViT-{size[0].upper()}/{size[1:]}, {what}. Options: those of :func:`swag_vit`."
@@ -236,30 +167,6 @@ def _register_dense(size, published):
     register(name)(build)
 
 
-def _register_reduced(prefix, size):
-    name, method = f"{prefix}_{size}_in1k", _METHODS[prefix]
-
-    def build(**options):
-        check_options(name, options, [*_known(), *_ALIASES, *method.options])
-        hub = method.defaults(size) | {key: options.pop(key) for key in method.options if key in options}
-        mapped = {method.options[key]: value for key, value in hub.items() if method.options[key] is not None}
-        return patch(_build(size, True, **options), method.reducer, **method.fixed | mapped | method.convert(hub))
-
-    keywords = ", ".join(f"``{key}``" for key in method.options)
-    build.__doc__ = (
-        f"SWAG ViT-{size[0].upper()}/{size[1:]} with method ``{method.reducer}``. Keywords of the published hub function: "
-        f"{keywords}; all others as in :func:`swag_vit`."
-    )
-    build.__module__ = __name__
-    register(name)(build)
-
-
-def _known():
-    return swag_vit.__kwdefaults__
-
-
-for _size in _SIZES:
+for _size in SIZES:
     for _published in (False, True):
-        _register_dense(_size, _published)
-    for _prefix in _METHODS:
-        _register_reduced(_prefix, _size)
+        _register(_size, _published)
