@@ -106,11 +106,13 @@ def test_other_prefix_tokens_are_always_slow():
         assert index.shape[1] == 8 and bool((index[:, :4] == -1).all()) and bool((index[:, 4:] >= 0).all())
 
 
-def test_plain_layers_behind_the_last_pruned_one_are_the_models_own():
+def test_plain_layers_behind_the_last_pruned_one_make_no_scores():
     blocks, x = tiny_blocks(), tokens()
-    y, _ = walk(blocks, x, reducers.create("evo", depth=DEPTH, ratio=[1.0, 0.5, 1.0, 1.0]))
-    half, _ = walk(blocks[:2], x, make(ratio=[1.0, 0.5, 1.0, 1.0]))
+    ratio = [1.0, 0.5, 1.0, 1.0]
+    y, state = walk(blocks, x, reducers.create("evo", depth=DEPTH, ratio=ratio))
+    half, before = walk(blocks[:2], x, make(ratio=ratio))
     assert torch.equal(y, dense(blocks[2:], half))
+    assert torch.equal(state.carry["score"], before.carry["score"])
 
 
 def test_scores_of_nan_rank_last():

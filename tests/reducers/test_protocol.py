@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every method promises: identity, padded = packed, traces, plans, purity, gradients, one compilation."""
 
+import dataclasses
+
 import pytest
 import torch
 from tokenprune_ext import _library, reducers
@@ -73,6 +75,25 @@ def test_inactive_runs_the_original_blocks(name):
     blocks, x = tiny_blocks(), tokens()
     y, _ = walk(blocks, x, make(name, INACTIVE[name]))
     assert torch.equal(y, dense(blocks, x))
+
+
+@pytest.mark.parametrize("kind", ["cpu", "double", "dropping"])
+def test_idle_layers_take_the_faster_way(kind):
+    """Bit for bit the model's own block in an inactive method; in an active one the branches, where they are exact."""
+    blocks = tiny_blocks(1, torch.float64 if kind == "double" else torch.float32)
+    parts, x = blocks[0].parts(), tokens(dtype=blocks[0].proj.weight.dtype)
+    if kind == "dropping":
+        parts.attention._attn_drop = 0.1
+    calls = []
+    parts = dataclasses.replace(parts, original=lambda x: calls.append(1) or blocks[0](x))
+    reducer = reducers.create("tome", depth=2, r=[0, 3])
+    record = []
+    y, _ = run_block(parts, x, TokenState(num_prefix=1), 0, reducer, record)
+    torch.testing.assert_close(y, blocks[0](x), atol=1e-5, rtol=1e-5)
+    assert bool(calls) == (kind != "cpu" or not _library.cpu_loaded())
+    assert len(record) == 1 and record[0].mlp.tolist() == [17, 17]
+    y, _ = run_block(parts, x, TokenState(num_prefix=1), 0, reducers.create("tome", depth=2, r=0))
+    assert calls and torch.equal(y, blocks[0](x))
 
 
 @pytest.mark.parametrize("name", ACTIVE_IDENTITY)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .._library import cpu_loaded
 from ..ops import attention_scores, gather_layer_norm, gather_tokens, sparse_attention
 from .packed import PackedLinear, fused_mlp, fusible, idle, plain_norm, plain_scale
 from .state import TokenState, sequence_of_row
@@ -68,6 +69,11 @@ class AttentionBranch:
     def is_packed(self) -> bool:
         """Whether the layers were packed (:func:`tokenprune_ext.pack`), so that the branch beats the model's own code."""
         return isinstance(self._qkv, PackedLinear)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the branch does all that the module would do: attention weights are not dropped."""
+        return self._attn_drop == 0
 
     def qkv(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised tokens ``[..., C]`` -> queries, keys, values, each ``[..., H, D]`` (views of one tensor)."""
@@ -225,7 +231,8 @@ class BlockRun:
     """One block in the hands of a reducer: what ``Reducer.block`` receives as ``run``.
 
     ``run(x, state)`` runs the two sub-layers through the reducer; ``run.original(x, state)`` runs the model's own block
-    untouched where that computes the same (padded tokens without key bias), and the plain branches elsewhere.
+    untouched where that computes the same (padded tokens without key bias), and the plain branches elsewhere;
+    ``run.idle(x, state)`` is for the layers that a method leaves alone.
     """
 
     def __init__(self, parts: BlockParts, layer: int, reducer, record: list[BlockRecord] | None = None):
@@ -245,6 +252,22 @@ class BlockRun:
         exact = self.parts.original is not None and not state.packed and state.key_bias is None
         if exact and not self.parts.attention.is_packed:
             return self.parts.original(x), state
+        return self._branches(x, state)
+
+    def idle(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
+        """The block without any reduction, bit for bit the model's own where the method reduces nowhere.
+
+        In an active method the branches run where they are the faster way to the same result: on the CPU, whose
+        compiled attention beats torch's (float64 excepted). They have no dropout of attention weights.
+        """
+        fused = x.device.type == "cpu" and x.dtype != torch.float64 and cpu_loaded()
+        if self.reducer.active and fused and self.parts.attention.exact:
+            if self.record is not None:
+                self._note(x, state, state.lengths(x))
+            return self._branches(x, state)
+        return self.original(x, state)
+
+    def _branches(self, x, state):
         x = self.parts.attention.add(x, state)
         return self.parts.mlp.add(x, state), state
 

@@ -25,12 +25,20 @@ class Reducer(nn.Module):
 
     restore_at = "features"
 
+    @property
+    def active(self) -> bool:
+        """Whether any layer reduces. False: idle layers (``run.idle``) are the model's own blocks, bit for bit."""
+        return True
+
     def begin(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
         """Once per forward: random draws, packing, first entries of the carry."""
         return x, state
 
     def block(self, x: Tensor, state: TokenState, layer: int, run) -> tuple[Tensor, TokenState]:
-        """Around a block. ``run(x, state)`` is the block, ``run.original(x, state)`` the model's own one."""
+        """Around a block. ``run(x, state)`` is the block, ``run.original(x, state)`` the model's own one.
+
+        ``run.idle(x, state)`` is the one to call in layers that the method leaves alone: it takes the faster way.
+        """
         return run(x, state)
 
     def attention(self, x: Tensor, state: TokenState, layer: int, branch) -> tuple[Tensor, TokenState]:

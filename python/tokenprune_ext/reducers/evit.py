@@ -33,7 +33,7 @@ class EViT(Reducer):
             (what the published EViT rows on SWAG models measure).
         num_prefix: leading tokens that are no patches; they are never dropped. The state's number wins while running.
         class_token: whether the first token is a class token, which ``"cls"`` needs.
-        fast_idle: layers that keep everything run the model's own block.
+        fast_idle: layers that keep everything run as plain blocks, the model's own ones if all layers do.
     """
 
     def __init__(
@@ -65,9 +65,14 @@ class EViT(Reducer):
         self.keep, self.fuse_token, self.score_mode = list(keep), fuse_token, score_mode
         self.num_prefix, self.fast_idle = num_prefix, fast_idle
 
+    @property
+    def active(self) -> bool:
+        """Whether any layer drops tokens."""
+        return any(rate != 1 for rate in self.keep)
+
     def block(self, x: Tensor, state: TokenState, layer: int, run) -> tuple[Tensor, TokenState]:
-        """The model's own block where everything is kept."""
-        return run.original(x, state) if self.keep[layer] == 1 and self.fast_idle else run(x, state)
+        """The plain block where everything is kept."""
+        return run.idle(x, state) if self.keep[layer] == 1 and self.fast_idle else run(x, state)
 
     def attention(self, x: Tensor, state: TokenState, layer: int, branch) -> tuple[Tensor, TokenState]:
         """Attention with the residual, then selection."""

@@ -32,7 +32,7 @@ class EvoViT(Reducer):
             updates (section 3.3). Off in the tables of arXiv 2210.01035.
         num_prefix: leading tokens that are no patches, always slow. The state's number wins while running.
         class_token: whether the model has a class token, which the scores need.
-        fast_idle: plain layers behind the last pruned one run the model's own block, without scores.
+        fast_idle: plain layers behind the last pruned one make no scores; they are the model's own if nothing is pruned.
 
     ``carry["score"]`` (aligned with the tokens; what it says of prefix tokens is never read) is the running class
     attention, ``carry["order"]`` (``[B, n]``) the patches in the order of the last sorting.
@@ -70,11 +70,16 @@ class EvoViT(Reducer):
         # Behind the last pruned layer nobody reads the scores.
         self.last_pruned = max((layer for layer, share in enumerate(self.ratio) if share != 1), default=-1)
 
+    @property
+    def active(self) -> bool:
+        """Whether any layer is pruned."""
+        return self.last_pruned >= 0
+
     def block(self, x: Tensor, state: TokenState, layer: int, run) -> tuple[Tensor, TokenState]:
         """Plain layers run on all tokens, pruned ones on the slow tokens."""
         if self.ratio[layer] == 1:
             idle = self.fast_idle and layer > self.last_pruned
-            return run.original(x, state) if idle else run(x, state)
+            return run.idle(x, state) if idle else run(x, state)
         if "score" not in state.carry:
             raise ValueError(f"EvoViT: state.carry must hold 'score' in front of pruned layer {layer}, got none")
         flat, score = x.flatten(0, -2), state.carry["score"].flatten()

@@ -57,7 +57,7 @@ class Hourglass(Reducer):
         layer = -1 if layer is None else layer
         if not -1 <= layer <= depth:
             raise ValueError(f"Hourglass: layer must lie in [-1, {depth}], got {layer}")
-        self.layer, self.clusters = layer, _grid(clusters)
+        self.depth, self.layer, self.clusters = depth, layer, _grid(clusters)
         if iters < 0:
             raise ValueError(f"Hourglass: iters must be >= 0, got {iters}")
         if window < 1 or window % 2 == 0:
@@ -72,11 +72,16 @@ class Hourglass(Reducer):
         self.k, self.norm, self.restore_at, self.num_prefix = k, norm, restore_at, num_prefix
         self.restore_temperature = temperature if restore_temperature is None else restore_temperature
 
+    @property
+    def active(self) -> bool:
+        """Whether any layer runs on clusters."""
+        return 0 <= self.layer < self.depth
+
     def block(self, x: Tensor, state: TokenState, layer: int, run) -> tuple[Tensor, TokenState]:
-        """Cluster in front of the chosen layer; the blocks are the model's own."""
+        """Cluster in front of the chosen layer; all blocks are plain ones."""
         if layer == self.layer:
             x, state = self._cluster(x, state)
-        return run.original(x, state)
+        return run.idle(x, state)
 
     def restore(self, y: Tensor, state: TokenState) -> Tensor:
         """Values of the clusters -> values of the patches, weighted by feature distance: ``[B, K, ...] -> [B, N, ...]``."""

@@ -49,7 +49,7 @@ class ToMe(Reducer):
         trace_source: keep ``carry["parent"]`` (the row of every original token), which ``restore`` needs.
         weighted_pool: average pooling counts every token as often as its size says (the published MAE variant); by
             default every token counts once. Class and register tokens are left as they are.
-        fast_idle: layers without merges run the model's own block where that is the same.
+        fast_idle: layers without merges run as plain blocks, the model's own ones if no layer merges.
     """
 
     def __init__(
@@ -73,6 +73,11 @@ class ToMe(Reducer):
         self.class_token, self.distill_token, self.num_prefix = class_token, distill_token, num_prefix
         self.weighted_pool = weighted_pool
 
+    @property
+    def active(self) -> bool:
+        """Whether any layer merges."""
+        return any(self.r)
+
     def begin(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
         """Start the trace, when it is wanted."""
         if self.trace_source:
@@ -80,8 +85,8 @@ class ToMe(Reducer):
         return x, state
 
     def block(self, x: Tensor, state: TokenState, layer: int, run) -> tuple[Tensor, TokenState]:
-        """The model's own block where nothing merges."""
-        return run.original(x, state) if self.r[layer] == 0 and self.fast_idle else run(x, state)
+        """The plain block where nothing merges."""
+        return run.idle(x, state) if self.r[layer] == 0 and self.fast_idle else run(x, state)
 
     def attention(self, x: Tensor, state: TokenState, layer: int, branch) -> tuple[Tensor, TokenState]:
         """Attention with the residual, then merging."""
