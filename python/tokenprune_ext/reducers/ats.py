@@ -10,9 +10,10 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..nn import TokenState, pad_rows
+from ..nn import TokenState
 from ..ops import gather_tokens, policy_attention, select_tokens, sparse_attention
 from ..ops._register import check, check_floating, stat_dtype
 from ._base import Reducer, register
@@ -98,11 +99,6 @@ def ats_sample(
     check_floating(op, scores=scores)
     check(scores.dim() == 2, op, "scores", "have shape [B, n]", tuple(scores.shape))
     check(grid_points >= 0, op, "grid_points", "be >= 0", grid_points)
-    batch, patches = scores.shape
-    if patches == 0 or grid_points == 0:  # nothing to sample from, or nothing to sample with
-        nothing = scores.new_zeros(batch, patches, dtype=torch.int64)
-        grid = scores.new_zeros(batch, grid_points, dtype=stat_dtype(scores.dtype))
-        return Sample(nothing, grid[:, :0], grid, grid[:, :0].long(), nothing > 0, nothing.to(torch.int32) - 1)
     scores = scores.detach().to(stat_dtype(scores.dtype))
     valid = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
     scores = torch.where(valid, scores, 0)
@@ -111,15 +107,16 @@ def ats_sample(
     order = torch.where(valid, scores, 0 if published else -1).argsort(dim=1, stable=not published)
     candidate = valid.gather(1, order)
     total = scores.gather(1, order).cumsum(1)
-    first = torch.zeros_like(order[:, :1]) if published else (~candidate).sum(1, keepdim=True).clamp(max=patches - 1)
-    least = total.gather(1, first)
-    spread = total[:, -1:] - least
+    first = torch.zeros_like(candidate.sum(1, keepdim=True)) if published else (~candidate).sum(1, keepdim=True)
+    least = F.pad(total, (0, 1)).gather(1, first)
+    spread = F.pad(total, (1, 0))[:, -1:] - least
     cdf = ((total - least) / spread).clamp(min=0)
     grid = _grid(cdf, grid_points, grid_counts)
     pick = _nearest(cdf, grid)
-    kept = torch.zeros_like(valid).scatter(1, pick, True)
-    if published and patches > 1:
-        kept[:, 1] &= pick.amax(1) != 1
+    kept = F.pad(torch.zeros_like(valid), (0, 1)).scatter(1, pick, True)[:, :-1]
+    if published and grid_points > 0:
+        lost = torch.arange(kept.shape[1], device=kept.device) == 1
+        kept = kept & ~(lost & (pick.amax(1, keepdim=True) == 1))
     kept = torch.where(spread > 0, kept, True) & candidate
     return Sample(order, cdf, grid, pick, kept, _front(order, kept))
 
@@ -133,13 +130,13 @@ def _grid(cdf, points, counts):
     last = (counts - 1).clamp(min=1).to(cdf.dtype)
     # Both ends exact, as torch.linspace has them.
     steps = torch.where(k < counts // 2, k / last, 1 - (counts - 1 - k) / last)
-    start = torch.where(cdf == 0, math.inf, cdf).amin(1, keepdim=True)
+    start = F.pad(torch.where(cdf == 0, math.inf, cdf), (0, 1), value=math.inf).amin(1, keepdim=True)
     return start + (steps * last - start * k) / last
 
 
 def _nearest(cdf, grid):
     """The first entry of the ascending ``cdf [B, n]`` that is nearest to each value of ``grid [B, G]``."""
-    cdf, last = cdf.contiguous(), cdf.shape[1] - 1
+    cdf, last = F.pad(cdf, (0, 1), value=math.inf), cdf.shape[1]  # a last entry that is nearest to nothing
     above = torch.searchsorted(cdf, grid.contiguous()).clamp(max=last)
     lower = cdf.gather(1, (above - 1).clamp(min=0))
     below = torch.searchsorted(cdf, lower).clamp(max=last)  # the first of equal ones
@@ -309,9 +306,15 @@ def _visible(x, state):
         return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if bias is None else bias > -math.inf
     column = torch.arange(state.max_seqlen, dtype=torch.int32, device=x.device)
     inside = column < state.cu_seqlens.diff()[:, None]
-    return (
-        inside if bias is None else inside & (pad_rows(bias, state.cu_seqlens, state.max_seqlen, -math.inf) > -math.inf)
-    )
+    return inside if bias is None else inside & (_padded(bias, state, -math.inf) > -math.inf)
+
+
+def _padded(values, state, fill):
+    """Packed ``[T]`` -> ``[B, max_seqlen]``, ``fill`` behind each end; T may be unknown to the compiler."""
+    column = torch.arange(state.max_seqlen, dtype=torch.int32, device=values.device)
+    rows = state.cu_seqlens[:-1, None] + column
+    rows = torch.where(rows < state.cu_seqlens[1:, None], rows, values.shape[0])
+    return F.pad(values, (0, 1), value=fill)[rows.long()]
 
 
 def _ragged(q, k, v, state):
@@ -331,7 +334,7 @@ def _scores_alone(q, k, v, state, scale):
     *_, attention = sparse_attention(first, k, v, cu_seqlens_q=one, max_seqlen_q=1, scale=scale, want_cls=True, **keys)
     scores = ats_scores(attention[None], v[None])[0]
     if state.packed:
-        return pad_rows(scores, starts, state.max_seqlen, 0.0)
+        return _padded(scores, state, 0.0)
     return scores.view(starts.shape[0] - 1, -1)
 
 

@@ -171,14 +171,10 @@ def _cut_list(q_order, k_order, q_size, k_size, q_valid, k_valid):
         check(slots % size == 0, op, name, "divide rounds * rows * tokens ({})", size, slots)
         starts = torch.arange(0, slots // size + 1, dtype=torch.int32, device=order.device) * size
         sides.append((_flat(order), starts))
-    clusters = [order.shape[2] // size for order, size in ((q_order, q_size), (k_order, k_size))]
-    check(
-        sides[0][1].shape == sides[1][1].shape and clusters[0] == clusters[1],
-        op,
-        "q_size and k_size",
-        "make as many clusters of queries as of keys",
-        f"{q_order.numel() // q_size} and {k_order.numel() // k_size}",
-    )
+    made = [order.numel() // size for order, size in ((q_order, q_size), (k_order, k_size))]
+    inside = [order.shape[2] // size for order, size in ((q_order, q_size), (k_order, k_size))]
+    same = made[0] == made[1] and inside[0] == inside[1]
+    check(same, op, "q_size and k_size", "make as many clusters of queries as of keys", (*made, *inside))
     return sides
 
 
