@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._library import cpu_loaded
-from ..ops import attention_scores, gather_layer_norm, gather_tokens, sparse_attention
+from ..ops import attention_scores, gather_layer_norm, gather_tokens, policy_attention, sparse_attention
 from .packed import PackedLinear, fused_mlp, fusible, idle, plain_norm, plain_scale
 from .state import TokenState, sequence_of_row
 
@@ -123,6 +123,11 @@ class AttentionBranch:
         elif want == "mean":
             product = attention_scores(q, k, lse, "mean", **ragged).mean(0).view(lead)
         return out.reshape(*lead, self.num_heads * self.head_dim), product
+
+    def mix_policy(self, q: Tensor, k: Tensor, v: Tensor, policy: Tensor, eps: float) -> Tensor:
+        """Attention of padded tokens under a key policy ``[B, N]``: ``[B, N, H * D]``; see ``ops.policy_attention``."""
+        self.check_dropout()
+        return policy_attention(q, k, v, policy, eps, scale=self.logit_scale).flatten(2)
 
     def out(self, mixed: Tensor, z: Tensor) -> Tensor:
         """Output projection of the mixed values; ``z`` is the normalised input (a gate reads it)."""
