@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..nn import AttentionBranch, BlockParts, MlpBranch, TokenState, run_block
+from ..nn import AttentionBranch, BlockParts, MlpBranch, TokenState, run_block, split_prefix
 from ..reducers import Reducer
 
 _MLPS = ("GeGluMlp", "GluMlp", "Mlp", "SwiGLU", "SwiGLUPacked")
@@ -27,7 +27,7 @@ _NORMS = (
     "SimpleNormFp32",
 )
 _INNER = ("q_norm", "k_norm", "norm")
-_SCALES = ("Identity", "LayerScale")
+_SCALES = ("BranchScale", "Identity", "LayerScale")
 _DROPS = ("DropPath", "Identity")
 
 
@@ -45,6 +45,7 @@ def facts(model: nn.Module) -> dict:
         "depth": len(model.blocks),
         "embed_dim": model.embed_dim,
         "head_dim": model.blocks[0].attn.head_dim,
+        "num_heads": model.blocks[0].attn.num_heads,
         "num_prefix": model.num_prefix_tokens,
         "class_token": model.cls_token is not None,
         "distill_token": getattr(model, "dist_token", None) is not None,
@@ -158,12 +159,14 @@ def parts(block: nn.Module) -> BlockParts:
 
 
 def _pools(model):
-    return type(model.token_reducer).pool is not Reducer.pool
+    return type(model.token_reducer).pool is not Reducer.pool or hasattr(model, "forward_tokens")
 
 
 def _forward(model, x, attn_mask=None, is_causal=False):
     _no_mask(attn_mask, is_causal)
     x, state = forward(model, x)
+    if hasattr(model, "forward_tokens"):  # a head that reads every token, not a pooled one
+        return model.forward_tokens(x, state)
     return model.forward_head(model.token_reducer.pool(x, state))
 
 
@@ -197,12 +200,12 @@ def _forward_intermediates(
     def take(layer, tokens, state):
         if layer in wanted:
             tokens = model.norm(tokens) if norm else tokens
-            split = model.num_prefix_tokens
-            patches = model.token_reducer.restore(tokens[:, split:], state)
+            front, rest = split_prefix(tokens, state)
+            patches = model.token_reducer.restore(rest, state)
             if output_fmt == "NCHW":
                 patches = patches.transpose(1, 2).unflatten(2, state.grid).contiguous()
             maps.append(patches)
-            prefixes.append(tokens[:, :split])
+            prefixes.append(front)
 
     features, _ = forward(model, x, trace=True, each=take)
     with_prefix = return_prefix_tokens and model.num_prefix_tokens > 0

@@ -3,7 +3,7 @@
 
 from .block import AttentionBranch, BlockParts, BlockRecord, BlockRun, MlpBranch, gather_norm, run_block
 from .packed import PackedLinear, pack, unpack
-from .state import TokenState, pad_rows, row_positions, sequence_of_row, unpad_rows
+from .state import TokenState, pad_rows, row_positions, sequence_of_row, split_prefix, unpad_rows
 
 __all__ = [
     "AttentionBranch",
@@ -19,6 +19,7 @@ __all__ = [
     "row_positions",
     "run_block",
     "sequence_of_row",
+    "split_prefix",
     "unpack",
     "unpad_rows",
 ]

@@ -169,5 +169,14 @@ def unpad_rows(values: Tensor, cu_seqlens: Tensor, rows: int) -> Tensor:
     return values[sequence, row_positions(cu_seqlens, rows).long()]
 
 
+def split_prefix(x: Tensor, state: TokenState) -> tuple[Tensor, Tensor]:
+    """Prefix tokens ``[B, P, ...]``, and the others: ``[B, n, ...]``, or packed, one image after another."""
+    prefix = state.num_prefix
+    if not state.packed:
+        return x[:, :prefix], x[:, prefix:]
+    front = (state.cu_seqlens[:-1, None] + torch.arange(prefix, dtype=torch.int32, device=x.device)).long()
+    return x[front], x[row_positions(state.cu_seqlens, x.shape[0]) >= prefix]
+
+
 def _flatten(values):
     return None if values is None else values.flatten()

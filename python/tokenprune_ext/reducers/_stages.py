@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import TokenState, pad_rows, row_positions, sequence_of_row
+from ..nn import TokenState, pad_rows, row_positions, sequence_of_row, split_prefix
 from ..ops import Matching, gather_tokens, merge_tokens, select_tokens
 from ..ops._register import stat_dtype
 from ._base import Reducer
@@ -34,8 +34,12 @@ class StagedPruning(Reducer):
     ``begin`` or given) and ``"policy"`` (``[B, N]``, masked computation only).
     """
 
-    def __init__(self, *, name, depth, layers, keep, selectors, mode, eps, dense, generator, num_prefix, fast_idle):
+    def __init__(
+        self, *, name, depth, layers, keep, selectors, mode, eps, dense, generator, num_prefix, class_token, fast_idle
+    ):
         super().__init__()
+        if not class_token:
+            raise ValueError(f"{name}: the model must have a class token (it is what the classifier reads), got none")
         if not all(0 <= layer < depth for layer in layers) or sorted(set(layers)) != list(layers):
             raise ValueError(f"{name}: layers must rise and lie in [0, {depth}), got {layers}")
         if eps < 0:
@@ -99,6 +103,13 @@ class StagedPruning(Reducer):
         z = branch.norm(x)
         mixed = branch.mix_policy(*branch.qkv(z), policy, self.eps if self.training else 0.0)
         return x + branch.scale(branch.out(mixed, z), state), state
+
+    def pool(self, x: Tensor, state: TokenState) -> Tensor:
+        """The prefix tokens ``[B, P, C]`` alone: what the dropped tokens hold means nothing.
+
+        A head that reads other tokens takes them with their state (``forward_tokens`` of LV-ViT).
+        """
+        return split_prefix(x, state)[0]
 
     def restore(self, y: Tensor, state: TokenState) -> Tensor:
         """Every patch takes the value of the token that stands for it; zero where there is none (needs a trace)."""

@@ -9,9 +9,8 @@ import math
 from itertools import pairwise
 
 import torch
-from torch import Tensor
 
-from ..nn import TokenState, pad_rows, unpad_rows
+from ..nn import pad_rows, unpad_rows
 from ._base import register
 from ._gates import gumbel_choice, straight_through
 from ._predictors import TokenPredictor, masked_mean
@@ -34,6 +33,7 @@ class DynamicViT(StagedPruning):
         dense: compute masked instead of gathered; default: while training.
         generator: random generator of the noise.
         num_prefix: leading tokens that are no patches; they always stay. The state's number wins while running.
+        class_token: whether the first token is a class token, which the method needs.
         fast_idle: run the model's own block where all its tokens count.
 
     Training noise of layer ``l`` can be given as ``state.carry["noise.l"]``, Gumbel ``[B, n, 2]`` (keep, drop). Keep
@@ -52,6 +52,7 @@ class DynamicViT(StagedPruning):
         dense: bool | None = None,
         generator: torch.Generator | None = None,
         num_prefix: int = 1,
+        class_token: bool = True,
         fast_idle: bool = True,
     ):
         layers = sorted({depth // 4, depth // 2, 3 * depth // 4}) if layers is None else layers
@@ -66,6 +67,7 @@ class DynamicViT(StagedPruning):
             dense=dense,
             generator=generator,
             num_prefix=num_prefix,
+            class_token=class_token,
             fast_idle=fast_idle,
         )
         self.ratio_per_sample = ratio_per_sample

@@ -9,7 +9,7 @@ tokens as it needs. Where paper and published code differ, this follows the code
 import torch
 from torch import Tensor
 
-from ..nn import TokenState, sequence_of_row
+from ..nn import sequence_of_row
 from ._base import register
 from ._gates import gumbel_choice, straight_through
 from ._predictors import HeadSelector, TokenPredictor, masked_mean
@@ -45,6 +45,7 @@ class SPViT(StagedPruning):
         dense: compute masked instead of gathered; default: while training. The published evaluation is masked.
         generator: random generator of the noise.
         num_prefix: leading tokens that are no patches; they always stay. The state's number wins while running.
+        class_token: whether the first token is a class token, which the method needs.
         fast_idle: run the model's own block where all its tokens count.
 
     Noise of layer ``l``, the s-th selective one, can be given as ``state.carry["noise.l"]``, Gumbel
@@ -68,6 +69,7 @@ class SPViT(StagedPruning):
         dense: bool | None = None,
         generator: torch.Generator | None = None,
         num_prefix: int = 1,
+        class_token: bool = True,
         fast_idle: bool = True,
     ):
         for name, value, legal in (
@@ -94,6 +96,7 @@ class SPViT(StagedPruning):
             dense=dense,
             generator=generator,
             num_prefix=num_prefix,
+            class_token=class_token,
             fast_idle=fast_idle,
         )
         self.package, self.ratio_per_sample = package, ratio_per_sample

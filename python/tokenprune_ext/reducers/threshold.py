@@ -17,6 +17,7 @@ from ..nn import TokenState, gather_norm, pad_rows, row_positions, sequence_of_r
 from ..ops import TokenIndex, gather_tokens, scatter_tokens, select_tokens
 from ..ops._register import stat_dtype
 from ._base import Reducer, register
+from ._gates import draw_gumbel, gumbel_choice, straight_through
 
 __all__ = ["MlpSelector", "ScoreSelect"]
 
@@ -71,6 +72,7 @@ class ScoreSelect(Reducer):
         class_token: whether the first token is a class token, which ``"cls"`` needs.
         fast_idle: other layers run the model's own block.
         dense: compute masked instead of gathered; default: while training, and whenever the decision needs a gradient.
+        tau: temperature of the sampled decisions' gradient.
 
     Sampling noise of layer ``l`` can be given as ``state.carry["noise.l"]``: Gumbel, ``[B, n, 2]`` (keep, skip) for the
     n candidates. Decisions are left in ``state.carry["decisions.l"]``, ``[B, N]`` or ``[T]``: 0 = skipped.
@@ -94,6 +96,7 @@ class ScoreSelect(Reducer):
         class_token: bool = True,
         fast_idle: bool = True,
         dense: bool | None = None,
+        tau: float = 1.0,
     ):
         super().__init__()
         layers = list(range(depth // 4, depth)) if layers is None else list(layers)
@@ -105,7 +108,9 @@ class ScoreSelect(Reducer):
         self.keep = dict(zip(layers, _targets(keep, len(layers)), strict=True))
         self.candidate_prefix, self.capacity = tuple(candidate_prefix), capacity
         self.generator, self.ratio_per_sample = generator, ratio_per_sample
-        self.num_prefix, self.fast_idle, self.dense = num_prefix, fast_idle, dense
+        self.num_prefix, self.fast_idle, self.dense, self.tau = num_prefix, fast_idle, dense, tau
+        if tau <= 0:
+            raise ValueError(f"ScoreSelect: tau must be positive, got {tau}")
         self.scorer = selector if isinstance(selector, str) else None
         if self.scorer not in (None, "mlp", "norm", "cls"):
             raise ValueError(f"ScoreSelect: selector must be 'mlp', 'norm', 'cls' or callable, got {selector!r}")
@@ -115,27 +120,27 @@ class ScoreSelect(Reducer):
 
     def begin(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
         """Draw the sampling noise of all layers, except where it is given."""
-        if self.mode != "sample":
+        if not self._sampled():
             return x, state
         batch, longest = (state.cu_seqlens.shape[0] - 1, state.max_seqlen) if state.packed else x.shape[:2]
         noise = {}
         for layer in self.layers:
             if f"noise.{layer}" not in state.carry:
                 shape = (batch, longest - self._front(state, layer), 2)
-                draw = torch.empty(shape, dtype=stat_dtype(x.dtype), device=x.device)
-                noise[f"noise.{layer}"] = -draw.exponential_(generator=self.generator).log()
+                noise[f"noise.{layer}"] = draw_gumbel(shape, x, self.generator)
         return x, state.with_carry(**noise)
 
     def block(self, x: Tensor, state: TokenState, layer: int, run) -> tuple[Tensor, TokenState]:
         """Decide; then the chosen tokens pass the block and the others stay as they are."""
-        if layer not in self.keep:
+        gate = self._gate_of(layer)
+        if gate is None:
             return run.original(x, state) if self.fast_idle else run(x, state)
         decision = self._decide(x, state, layer)
         after = state.with_carry(**{f"decisions.{layer}": decision})
         dense = self.training or decision.requires_grad if self.dense is None else self.dense
         if dense:
             return self._blend(x, state, decision, run), after
-        return self._gathered(x, state, decision.detach() != 0, layer, run), after
+        return self._gathered(x, state, decision.detach() != 0, gate, run), after
 
     def attention(self, x: Tensor, state: TokenState, layer: int, branch) -> tuple[Tensor, TokenState]:
         """On the chosen rows of the feature map: fused gather and LayerNorm, then packed attention."""
@@ -171,6 +176,13 @@ class ScoreSelect(Reducer):
             counts.append((kept, kept))
         return counts
 
+    def _gate_of(self, layer):
+        """The layer whose selector decides for a layer, or None where all tokens pass."""
+        return layer if layer in self.keep else None
+
+    def _sampled(self):
+        return self.mode == "sample"
+
     def _front(self, state, layer):
         return 0 if layer in self.candidate_prefix else state.num_prefix
 
@@ -187,20 +199,16 @@ class ScoreSelect(Reducer):
             count = state.cu_seqlens.diff() - front
         real = torch.arange(scores.shape[1], device=x.device) < count[:, None]
         soft, hard = self._choose(scores, real, count, state, layer)
-        hard = (hard & real).to(soft.dtype)
-        decision = hard - soft.detach() + soft if soft.requires_grad else hard
-        decision = torch.where(real, decision, 0)
+        decision = torch.where(real, straight_through(hard & real, soft), 0)
         decision = torch.cat([decision.new_ones(decision.shape[0], front), decision], 1)
         return unpad_rows(decision, state.cu_seqlens, x.shape[0]) if state.packed else decision
 
     def _choose(self, scores, real, count, state, layer):
         """(soft value, hard choice) per candidate."""
         pair = scores.dim() == 3
-        if self.mode == "sample":
+        if self._sampled():
             logits = scores if pair else torch.stack([scores.log(), (-scores).log1p()], -1)
-            noisy = logits + state.carry[f"noise.{layer}"]
-            soft = noisy.softmax(-1)[..., 0]
-            return soft, noisy[..., 0] >= noisy[..., 1]
+            return gumbel_choice(logits, state.carry[f"noise.{layer}"], self.tau)
         soft = scores.exp()[..., 0] if pair else scores
         if self.mode == "threshold":
             even = pair and self.threshold == 0.5  # compare the logs: exact at the tie, which means skip
