@@ -137,7 +137,7 @@ class SPViT(StagedPruning):
         if self._sampled():
             owner = sequence_of_row(cu_seqlens, x.shape[0])
             noise = state.carry[f"noise.{layer}"][owner, index.clamp(min=0).long()]
-        soft, choice = gumbel_choice(scores, noise)
+        choice = gumbel_choice(scores, noise)[1]
         dropped = image & ~choice
         weights = probability[:, 0] if self.package != "mean" else torch.ones_like(probability[:, 0])
         weights = torch.where(dropped, weights, 0)

@@ -228,7 +228,7 @@ def spvit(golden):
     assert train or config["attn_eps"] == 0
     model = loaded(golden, model)
     check_predictors(model, config)
-    run = images, x, state = forward(golden, model, config["loc"])
+    run = _, x, state = forward(golden, model, config["loc"])
     keeps = [state.carry[f"keep.{layer}"] for layer in config["loc"]]
     result = {f"out.kept_count_{s}": keep.sum(1).to(torch.int32) for s, keep in enumerate(keeps)}
     if train:
