@@ -10,9 +10,17 @@ from tokenprune_ext.nn import TokenState, run_block
 from tokenprune_ext.reducers import Reducer
 from torch import nn
 
-from .common import DEPTH, WIDTH, dense, tiny_blocks, tokens, walk
+from . import pruning_cases
+from .common import DEPTH, HEADS, WIDTH, dense, tiny_blocks, tokens, walk
 
-FACTS = {"depth": DEPTH, "embed_dim": WIDTH, "num_prefix": 1, "class_token": True, "distill_token": False}
+FACTS = {
+    "depth": DEPTH,
+    "embed_dim": WIDTH,
+    "num_heads": HEADS,
+    "num_prefix": 1,
+    "class_token": True,
+    "distill_token": False,
+}
 
 # Options with which a method does nothing: the model's own blocks run, or its own code runs and changes nothing.
 INACTIVE = {
@@ -46,6 +54,9 @@ ACTIVE = {
         {"mode": "expected", "selector": "norm", "dense": True},
     ],
 }
+INACTIVE |= pruning_cases.INACTIVE
+ACTIVE_IDENTITY |= pruning_cases.ACTIVE_IDENTITY
+ACTIVE |= pruning_cases.ACTIVE
 CASES = [
     pytest.param(name, options, id=f"{name}-{n}") for name, all_ in ACTIVE.items() for n, options in enumerate(all_)
 ]
@@ -56,9 +67,15 @@ DEFAULT_COMPILES = ("tome-0", "evit-0", "evo-0", "threshold-1", "threshold-2")
 CHANGING = [case for case in CASES if case.values[0] != "hourglass"]
 
 
+DEFAULT_COMPILES += pruning_cases.DEFAULT_COMPILES
+
+
 def make(name, options):
     torch.manual_seed(3)
-    return reducers.create(name, FACTS, **options).double().eval()
+    reducer = reducers.create(name, FACTS, **options).double().eval()
+    for linear in (module for module in reducer.modules() if isinstance(module, nn.Linear)):
+        nn.init.normal_(linear.weight, std=0.5)  # gates that are sure of their choice, whatever they start with
+    return reducer
 
 
 def given_noise(reducer, x):
@@ -115,7 +132,7 @@ def test_padded_and_packed_are_equal(name, options):
         z, packed = walk(blocks, rows, reducer, inner)
     torch.testing.assert_close(z.view(y.shape), y, atol=1e-12, rtol=1e-12)
     assert torch.equal(padded.carry["parent"], packed.carry["parent"])
-    assert torch.equal(padded.index.flatten(), packed.index)
+    assert torch.equal(padded.index.flatten(), packed.index.flatten())
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)

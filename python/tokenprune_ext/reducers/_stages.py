@@ -82,13 +82,13 @@ class StagedPruning(Reducer):
                     carry[f"noise.{layer}"] = draw_gumbel(shape, x, self.generator)
         if self._masked() and self.training:
             carry["policy"] = torch.ones(x.shape[:2], dtype=keep.dtype, device=x.device)
-        if state.index is None:
-            state = state.replace(index=_patch_index(x, state))
         return x, state.with_carry(**carry)
 
     def block(self, x: Tensor, state: TokenState, layer: int, run) -> tuple[Tensor, TokenState]:
         """Decide in front of the block, then run it."""
         if layer in self.layers:
+            if state.index is None:
+                state = state.replace(index=_patch_index(x, state))
             stage = self._stage_masked if self._masked() else self._stage_gathered
             x, state = stage(x, state, layer)
         if "policy" in state.carry or not self.fast_idle:
