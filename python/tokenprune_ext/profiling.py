@@ -2,8 +2,8 @@
 """Timing that can be trusted: variants interleaved in one run, medians, spread of per-round ratios, parts of
 a model.
 
-FLOP counting is in :mod:`tokenprune_ext._flops`, the machine and its ceilings in
-:mod:`tokenprune_ext._machine`; both are importable from here.
+FLOP counting is in :mod:`tokenprune_ext._flops`, latency tables in :mod:`tokenprune_ext._latency`, the machine
+and its ceilings in :mod:`tokenprune_ext._machine`; all are importable from here.
 """
 
 import contextlib
@@ -16,15 +16,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._flops import PARTS, LayerTokens, count_flops, part_of, total_macs, vit_macs
+from ._latency import LatencyTable, latency_table
 from ._machine import ceilings, describe
 
 __all__ = [
     "PARTS",
+    "LatencyTable",
     "LayerTokens",
     "Samples",
     "ceilings",
     "count_flops",
     "describe",
+    "latency_table",
     "measure",
     "part_of",
     "profile",

@@ -76,10 +76,9 @@ class StagedPruning(Reducer):
         if state.packed and not state.uniform(x):
             carry["patches"] = state.cu_seqlens.diff() - prefix
         if self._sampled():
-            for stage, layer in enumerate(self.layers):
+            for layer in self.layers:
                 if f"noise.{layer}" not in state.carry:
-                    shape = (keep.shape[0], keep.shape[1] + self._made(stage), 2)
-                    carry[f"noise.{layer}"] = draw_gumbel(shape, x, self.generator)
+                    carry[f"noise.{layer}"] = draw_gumbel((*keep.shape, 2), x, self.generator)
         if self._masked() and self.training:
             carry["policy"] = torch.ones(x.shape[:2], dtype=keep.dtype, device=x.device)
         return x, state.with_carry(**carry)
@@ -127,10 +126,6 @@ class StagedPruning(Reducer):
 
     def _sampled(self):
         return self.training or self.mode == "sample"
-
-    def _made(self, stage):
-        """Made tokens that are there in front of a stage's selector."""
-        return 0
 
 
 def keep_targets(name: str, keep: float | Sequence[float], stages: int) -> list[float]:

@@ -112,7 +112,7 @@ class DynamicViT(StagedPruning):
             scores, _ = selector(patches, masked_mean(everything))
             count = self._count(layer, state.carry["keep"].shape[1])
             choice = rank_choice(scores[..., 0], everything, count)
-            choice = torch.cat([everything[:, :1].expand(-1, prefix), choice], 1).flatten()
+            choice = torch.cat([choice.new_ones(choice.shape[0], prefix), choice], 1).flatten()
             count = prefix + count
         flat, state = state.as_packed(x)
         here = state.index >= 0

@@ -48,9 +48,9 @@ class SPViT(StagedPruning):
         class_token: whether the first token is a class token, which the method needs.
         fast_idle: run the model's own block where all its tokens count.
 
-    Noise of layer ``l``, the s-th selective one, can be given as ``state.carry["noise.l"]``, Gumbel
-    ``[B, n + s, 2]`` (keep, drop) in the order of the original patches (what lies behind them is for package tokens,
-    which always stay). Keep masks are left in ``state.carry["keep.l"]``, ``[B, n]``.
+    Noise of layer ``l`` can be given as ``state.carry["noise.l"]``, Gumbel ``[B, n, 2]`` (keep, drop) in the order of the
+    original patches; entries behind them, which the published code draws for package tokens, change nothing. Keep masks
+    are left in ``state.carry["keep.l"]``, ``[B, n]``.
     """
 
     def __init__(
@@ -102,6 +102,7 @@ class SPViT(StagedPruning):
         self.package, self.ratio_per_sample = package, ratio_per_sample
 
     def _made(self, stage):
+        """Package tokens that are there in front of a stage's selector."""
         return min(stage, 1) if self.package == "accum" else stage
 
     def _stage_masked(self, x, state, layer):
@@ -110,9 +111,9 @@ class SPViT(StagedPruning):
         made = self._made(stage)
         front = torch.cat([before, before.new_ones(batch, made)], 1)
         scores, probability = self.selectors[stage](x[:, prefix:], masked_mean(front))
-        noise = state.carry[f"noise.{layer}"] if self._sampled() else None
-        soft, choice = gumbel_choice(scores, noise)
-        keep = straight_through(choice, soft)[:, :patches] * before
+        noise = state.carry[f"noise.{layer}"][:, :patches] if self._sampled() else None
+        soft, choice = gumbel_choice(scores[:, :patches], noise)
+        keep = straight_through(choice, soft) * before
         old = x[:, prefix + patches :] if made and self.package == "accum" else None
         image = x[:, prefix : prefix + patches]
         token = package_token(image, probability[:, :patches, 0], before - keep, self.package, old)
