@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """SPViT: gathered = masked = loops over single images, package tokens, empty and ragged batches, training."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from tokenprune_ext import reducers
@@ -148,7 +150,7 @@ def test_training_step():
     assert y.shape == (2, 17 + 3, WIDTH)
     keeps = [state.carry[f"keep.{layer}"] for layer in LAYERS]
     assert all(set(keep.detach().unique().tolist()) <= {0.0, 1.0} for keep in keeps)
-    assert all(bool((later <= earlier).all()) for earlier, later in zip(keeps, keeps[1:]))
+    assert all(bool((later <= earlier).all()) for earlier, later in pairwise(keeps))
     expected = sum((keep.mean() - 0.7 ** (s + 1)) ** 2 for s, keep in enumerate(keeps)) / 3
     torch.testing.assert_close(reducer.losses(state)["ratio"], expected)
     reducer.ratio_per_sample = True
@@ -205,14 +207,14 @@ def test_noise_is_drawn_once_and_reproducible():
 
 def test_restore_gives_every_patch_a_value():
     blocks, x = tiny_blocks(), tokens()
+    full = {}
     with torch.no_grad():
         for masked in (False, True):
             y, state = walk(blocks, x, make(dense=masked), TokenState(num_prefix=1).with_trace(x))
             rest = y[:, 1:] if masked else torch.cat([part[1:] for part in split(y, state)])
-            full = make().restore(rest, state)
-            if masked:
-                torch.testing.assert_close(full, expected, atol=1e-10, rtol=1e-10)
-            expected = full
+            full[masked] = make().restore(rest, state)
+    expected = full[True]
+    torch.testing.assert_close(expected, full[False], atol=1e-10, rtol=1e-10)
     keep = state.carry["keep"] > 0
     torch.testing.assert_close(expected[keep], y[:, 1:17][keep], atol=1e-10, rtol=1e-10)
     with pytest.raises(ValueError, match="must be traced"):
