@@ -31,25 +31,25 @@ void for_images(int64_t batch, int64_t work_per_image, const F& f) {
   }
 }
 
-void cluster_image(const ClusterKernels& table, Dtype dtype, const ClusterParams& p, int64_t image, bool alone,
-                   char* workspace) {
-  const int64_t threads = alone ? 1 : torch::stable::get_num_threads();
-  const int64_t work = p.tokens * p.channels;
+void cluster_image(const ClusterKernels& table, Dtype dtype, const ClusterParams& p, int64_t image, bool alone) {
+  char* workspace = thread_scratch<1>(table.cluster_workspace(dtype, p));
+  const int64_t scratch = table.cluster_scratch(dtype, p), values = p.tokens * p.channels;
   const auto run = [&](ClusterPhase phase, int64_t total_work, bool last = false) {
-    const int64_t items = table.cluster_items(dtype, p, phase, threads, workspace);
+    const int64_t items = table.cluster_items(dtype, p, phase, workspace);
     for_items(alone, items, total_work / (items > 0 ? items : 1), [&](int64_t item) {
       ClusterStep s;
-      s.image = image, s.phase = phase, s.item = item, s.items = items, s.last = last, s.workspace = workspace;
+      s.image = image, s.phase = phase, s.item = item, s.last = last;
+      s.workspace = workspace, s.scratch = thread_scratch(scratch);
       table.cluster_step(dtype, p, s);
     });
   };
   run(kSetup, 0);
-  run(kPool, work / 8);
+  run(kPool, values / 8);
+  if (p.iters > 0) run(kPack, values / 4);
   for (int64_t i = 0; i < p.iters; ++i) {
     run(kPrepare, p.clusters * p.channels / 8);
-    run(kScore, work * p.slots / 16, i == p.iters - 1);
-    run(kMass, p.tokens * p.slots);
-    run(kGather, work * p.slots / 16);
+    run(kScore, values * p.slots / 16, i == p.iters - 1);
+    run(kGather, values * p.slots / 16);
   }
   run(kOutput, p.clusters * p.channels / 8);
 }
@@ -65,9 +65,8 @@ std::tuple<Tensor, Tensor, Tensor> cluster_tokens(const Tensor& x, int64_t heigh
   if (want_affinity) p.affinity = affinity.mutable_data_ptr();
   const Dtype dtype = kernel_dtype(op, x.scalar_type());
   const ClusterKernels& table = kernels(dtype);
-  const int64_t bytes = table.cluster_workspace(dtype, p);
   for_images(p.batch, p.tokens * p.channels * (p.iters + 1),
-             [&](int64_t image, bool alone) { cluster_image(table, dtype, p, image, alone, thread_scratch(bytes)); });
+             [&](int64_t image, bool alone) { cluster_image(table, dtype, p, image, alone); });
   return {centers, mass, affinity};
 }
 

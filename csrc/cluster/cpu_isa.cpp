@@ -3,6 +3,7 @@
 #include "cpu_cluster.h"
 #include "cpu_kernels.h"
 #include "cpu_reconstruct.h"
+#include "cpu_score.h"
 
 namespace tokenprune {
 inline namespace TOKENPRUNE_ISA {
@@ -14,24 +15,21 @@ int64_t cluster_workspace(Dtype d, const ClusterParams& p) {
   return bytes;
 }
 
-int64_t cluster_items(Dtype d, const ClusterParams& p, ClusterPhase phase, int64_t threads, const char* workspace) {
-  switch (phase) {
-    case kPool:
-    case kPrepare:
-    case kMass:
-    case kOutput: return p.y_axis.cells;
-    case kScore: {
-      int64_t groups = 0;
-      visit(d, [&]<typename T>() { groups = ClusterSpace<T>(p, const_cast<char*>(workspace)).y_groups[0]; });
-      return groups;
-    }
-    case kGather: {
-      const int64_t blocks = round_up(ceil_div(p.channels, kMostBlock), threads);
-      const int64_t most = ceil_div(p.channels, kTileVecs * (kVecBytes / (d == kFloat64 ? 8 : 4)));
-      return blocks < most ? blocks : most;
-    }
-    default: return 1;
-  }
+int64_t cluster_scratch(Dtype d, const ClusterParams& p) {
+  int64_t bytes = 0;
+  visit(d, [&]<typename T>() { bytes = ScoreSpace<T>(p, nullptr).bytes; });
+  return bytes;
+}
+
+template <typename T>
+int64_t cluster_items_of(const ClusterParams& p, ClusterPhase phase, const char* workspace) {
+  const ClusterSpace<T> space(p, const_cast<char*>(workspace));
+  return phase == kSetup ? 1 : phase == kScore ? space.y_groups[0] : phase == kGather ? space.chunks() : p.y_axis.cells;
+}
+int64_t cluster_items(Dtype d, const ClusterParams& p, ClusterPhase phase, const char* workspace) {
+  int64_t items = 0;
+  visit(d, [&]<typename T>() { items = cluster_items_of<T>(p, phase, workspace); });
+  return items;
 }
 
 template <typename T>
@@ -39,9 +37,9 @@ void cluster_step_of(const ClusterParams& p, const ClusterStep& s) {
   switch (s.phase) {
     case kSetup: return cluster_setup<T>(p, s);
     case kPool: return cluster_pool<T>(p, s);
+    case kPack: return cluster_pack<T>(p, s);
     case kPrepare: return cluster_prepare<T>(p, s);
     case kScore: return cluster_score<T>(p, s);
-    case kMass: return cluster_mass<T>(p, s);
     case kGather: return cluster_gather<T>(p, s);
     case kOutput: return cluster_output<T>(p, s);
   }
@@ -96,13 +94,21 @@ bool reconstruct_backward_center(Dtype d, const ReconstructParams& p, const Reco
 }  // namespace TOKENPRUNE_ISA
 
 extern const ClusterKernels TP_TABLE(cluster_kernels) = {
-    cluster_workspace,  cluster_items,
-    cluster_step,       cluster_backward,
-    reconstruct_shared, reconstruct_scratch,
-    reconstruct_panels, reconstruct_strips,
-    reconstruct_pack,   nearest_strip,
-    reconstruct_strip,  reconstruct_backward_strip,
-    reconstruct_lists,  reconstruct_backward_center,
+    cluster_workspace,
+    cluster_scratch,
+    cluster_items,
+    cluster_step,
+    cluster_backward,
+    reconstruct_shared,
+    reconstruct_scratch,
+    reconstruct_panels,
+    reconstruct_strips,
+    reconstruct_pack,
+    nearest_strip,
+    reconstruct_strip,
+    reconstruct_backward_strip,
+    reconstruct_lists,
+    reconstruct_backward_center,
 };
 
 }  // namespace tokenprune

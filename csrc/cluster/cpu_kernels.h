@@ -9,17 +9,18 @@
 namespace tokenprune {
 
 // Clustering of one image is a sequence of phases; the items of a phase are independent of each other.
-//   setup, pool                     once; then for every iteration
-//   prepare, score, mass, gather    centers and their norms; affinities; their sums; weighted sums of tokens
-//   output                          once
-enum ClusterPhase : int { kSetup, kPool, kPrepare, kScore, kMass, kGather, kOutput };
+//   setup, pool, pack         once; then for every iteration
+//   prepare, score, gather    relative centers and their norms; affinities; weighted sums of tokens
+//   output                    once
+enum ClusterPhase : int { kSetup, kPool, kPack, kPrepare, kScore, kGather, kOutput };
 
 struct ClusterStep {
   int64_t image = 0;
   ClusterPhase phase = kSetup;
-  int64_t item = 0, items = 1;
+  int64_t item = 0;
   bool last = false;          // last iteration: the affinities are wanted
   char* workspace = nullptr;  // of this image
+  char* scratch = nullptr;    // of this thread
 };
 
 struct ReconstructStep {
@@ -30,8 +31,8 @@ struct ReconstructStep {
 
 struct ClusterKernels {
   int64_t (*cluster_workspace)(Dtype, const ClusterParams&);
-  // Items of a phase; `threads` bounds how finely channels are split, which changes no result.
-  int64_t (*cluster_items)(Dtype, const ClusterParams&, ClusterPhase, int64_t threads, const char* workspace);
+  int64_t (*cluster_scratch)(Dtype, const ClusterParams&);
+  int64_t (*cluster_items)(Dtype, const ClusterParams&, ClusterPhase, const char* workspace);  // after setup
   bool (*cluster_step)(Dtype, const ClusterParams&, const ClusterStep&);
   // Rows of the map [begin, end), counted over all images.
   bool (*cluster_backward)(Dtype, const ClusterBackwardParams&, int64_t begin, int64_t end);

@@ -35,15 +35,35 @@ inline Vec<uint32_t> load_pairs(const void* p) {
   __builtin_memcpy(&v, p, sizeof(v));
   return v;
 }
-inline Vec<uint32_t> load_pairs_part(const BFloat16* p, int64_t count) {
-  BFloat16 part[2 * kLanes<uint32_t>] = {};
-  __builtin_memcpy(part, p, count * sizeof(BFloat16));
+// As load_upto; no row: zeros.
+inline Vec<uint32_t> load_pairs_upto(const BFloat16* row, int64_t begin, int64_t n) {
+  constexpr int64_t w = 2 * kLanes<uint32_t>;
+  if (row == nullptr || begin >= n) return Vec<uint32_t>{};
+  if (begin + w <= n) return load_pairs(row + begin);
+  BFloat16 part[w] = {};
+  __builtin_memcpy(part, row + begin, (n - begin) * sizeof(BFloat16));
   return load_pairs(part);
 }
 
+inline Vec<float> dot_lanes(Vec<float> acc, Vec<float> a, Vec<float> b) { return acc + a * b; }
+inline Vec<double> dot_lanes(Vec<double> acc, Vec<double> a, Vec<double> b) { return acc + a * b; }
+
 #if defined(__AVX512BF16__)
-inline Vec<float> dot_pairs(Vec<float> acc, Vec<uint32_t> a, Vec<uint32_t> b) {
+inline Vec<float> dot_lanes(Vec<float> acc, Vec<uint32_t> a, Vec<uint32_t> b) {
   return (Vec<float>)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+}
+// Weights rounded to bfloat16, and two tokens' weights as pairs (none: zeros).
+inline void round_slots(float* slots, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes<float>) {
+    const Vec<uint32_t> bits = (Vec<uint32_t>)load(slots + i);
+    store(slots + i, (Vec<float>)((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u));
+  }
+}
+inline void join_slots(const float* first, const float* second, int64_t n, uint32_t* out) {
+  for (int64_t i = 0; i < n; i += kLanes<float>) {
+    const Vec<uint32_t> high = second == nullptr ? Vec<uint32_t>{} : (Vec<uint32_t>)load(second + i);
+    store(out + i, (Vec<uint32_t>)load(first + i) >> 16 | high);
+  }
 }
 // Two rows of 32 values -> pairs of them: low holds channels 0-3, 8-11, 16-19, 24-27, high the others.
 inline void interleave_pairs(Vec<uint32_t> a, Vec<uint32_t> b, Vec<uint32_t>& low, Vec<uint32_t>& high) {
@@ -65,22 +85,71 @@ inline void to_interleaved(Vec<float>& low, Vec<float>& high) {
 }
 #endif
 
-// Lane i of the result is the sum of all lanes of rows[i]; the rows are overwritten.
-template <typename C>
-inline Vec<C> reduce_square(Vec<C>* rows) {
-  constexpr int n = kLanes<C>;
-  using Mask = typename VecTypes<C>::integer;
-  TP_UNROLL for (int step = 1; step < n; step *= 2) {
-    Mask low, high;
-    for (int l = 0; l < n; ++l) {
-      low[l] = (l & step) ? l - step + n : l;
-      high[l] = (l & step) ? l + n : l + step;
-    }
-    TP_UNROLL for (int i = 0; i < n; i += 2 * step) {
-      rows[i] = __builtin_shuffle(rows[i], rows[i + step], low) + __builtin_shuffle(rows[i], rows[i + step], high);
+// Lane numbers for shuffles as constants: GCC 12 computes masks written as loops at run time.
+template <typename C, int Step>
+struct LaneMasks {
+  using Int = decltype(typename VecTypes<C>::integer{}[0] + 0);
+  Int low[kLanes<C>], high[kLanes<C>], swap[kLanes<C>];
+  constexpr LaneMasks() : low(), high(), swap() {
+    for (int l = 0; l < kLanes<C>; ++l) {
+      low[l] = (l & Step) ? l - Step + kLanes<C> : l;
+      high[l] = (l & Step) ? l + kLanes<C> : l + Step;
+      swap[l] = l ^ Step;
     }
   }
-  return rows[0];
+};
+template <typename C, int Step>
+inline constexpr LaneMasks<C, Step> kLaneMasks{};
+
+template <typename C>
+inline typename VecTypes<C>::integer load_mask(const typename LaneMasks<C, 1>::Int* lanes) {
+  typename VecTypes<C>::integer mask;
+  __builtin_memcpy(&mask, lanes, sizeof(mask));
+  return mask;
+}
+
+// Lane i of the result is the sum of all lanes of rows[i].
+template <typename C, int Step = kLanes<C> / 2>
+inline Vec<C> reduce_square(const Vec<C>* rows) {
+  if constexpr (Step == 0) {
+    return rows[0];
+  } else {
+    const Vec<C> a = reduce_square<C, Step / 2>(rows), b = reduce_square<C, Step / 2>(rows + Step);
+    return __builtin_shuffle(a, b, load_mask<C>(kLaneMasks<C, Step>.low)) +
+           __builtin_shuffle(a, b, load_mask<C>(kLaneMasks<C, Step>.high));
+  }
+}
+
+// All lanes summed (their largest) in log2 steps; reduce_add of vec.h goes lane by lane.
+template <typename C, int Step = kLanes<C> / 2, typename Op>
+inline C fold_lanes(Vec<C> v, Op&& op) {
+  if constexpr (Step == 0) {
+    return v[0];
+  } else {
+    return fold_lanes<C, Step / 2>(op(v, __builtin_shuffle(v, load_mask<C>(kLaneMasks<C, Step>.swap))), op);
+  }
+}
+template <typename C>
+inline C sum_lanes(Vec<C> v) {
+  return fold_lanes<C>(v, [](Vec<C> a, Vec<C> b) { return a + b; });
+}
+template <typename C>
+inline C max_lanes(Vec<C> v) {
+  return fold_lanes<C>(v, [](Vec<C> a, Vec<C> b) { return vmax<C>(a, b); });
+}
+
+// The first `count` lanes, zeros behind them.
+template <typename C>
+inline Vec<C> keep_first(Vec<C> v, int64_t count) {
+  typename VecTypes<C>::integer lane;
+  for (int l = 0; l < kLanes<C>; ++l) lane[l] = l;
+  return lane < static_cast<decltype(lane[0] + 0)>(count) ? v : Vec<C>{};
+}
+
+// n values in steps of 8: both sides have room for a whole last step.
+template <typename U>
+inline void copy_steps(const U* from, U* to, int64_t n) {
+  for (int64_t i = 0; i < n; i += 8) __builtin_memcpy(to + i, from + i, 8 * sizeof(U));
 }
 
 // A coarse mean of up to 64 rows. Distances do not change when it is taken from both sides, but their expanded form
