@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Squared distances between two sets of rows, in tiles of 64 x 64 by a block of 128 threads; the matrix of
-// reconstruction weights and the nearest centers, which are made of them.
+// Squared distances between two sets of rows, in tiles of 64 x 64 by a block of 128 threads; their
+// matrix, and the nearest rows.
 //
 // Two engines, alike in use. MmaDistance (16-bit types): |a|^2 + |b|^2 - 2 a.b on the tensor cores, the norms as well,
 // so that equal rows are at distance 0. FmaDistance (float, double): sums of squared differences, exact where rows are
@@ -200,7 +200,7 @@ using DistanceTile = std::conditional_t<sizeof(T) == 2, MmaDistance<T, Packs>, F
 
 constexpr int kDistanceBlocks = 2;  // per multiprocessor, at least: leaves enough registers for either engine
 
-// ---- the weights of reconstruction, and nearest centers
+// ---- all distances, and the nearest rows
 // --------------------------------------------------------------
 
 // Addresses of the rows [first, first + 64) of a set, null beyond its end; by 64 threads.
@@ -210,11 +210,10 @@ __device__ __forceinline__ void find_rows(const T** rows, const RowSet& set, int
   rows[i] = first + i < set.count ? set.row<T>(batch, first + i) : nullptr;
 }
 
-// weights [batch, own.count, other.count] = exp2(factor * distance); blockIdx.y is the tile of other rows.
+// matrix [batch, own.count, other.count]; blockIdx.y is the tile of other rows.
 template <typename Tile>
 __global__ void __launch_bounds__(kThreads, kDistanceBlocks)
-    distance_weights(RowSet own, RowSet other, int64_t channels, int64_t row_tiles, typename Tile::Stat factor,
-                     typename Tile::Stat* weights) {
+    distance_matrix(RowSet own, RowSet other, int64_t channels, int64_t row_tiles, typename Tile::Stat* matrix) {
   using T = typename Tile::Value;
   TP_SHARED(const T*, rows, [2 * kSide]);
   const int64_t batch = blockIdx.x / row_tiles, first_row = blockIdx.x % row_tiles * kSide;
@@ -233,7 +232,7 @@ __global__ void __launch_bounds__(kThreads, kDistanceBlocks)
     for (int j = 0; j < Tile::kColSlots; ++j) {
       const int64_t col = first_col + Tile::col(j);
       if (row < own.count && col < other.count) {
-        weights[(batch * own.count + row) * other.count + col] = exp2_fast(tile.d[i][j] * factor);
+        matrix[(batch * own.count + row) * other.count + col] = tile.d[i][j];
       }
     }
   }
@@ -281,14 +280,13 @@ __global__ void __launch_bounds__(kThreads, kDistanceBlocks)
 inline int64_t tiles_of(int64_t rows) { return (rows + kSide - 1) / kSide; }
 
 template <typename T, typename Launch>
-void launch_distance_weights(const Launch& launch, const RowSet& own, const RowSet& other, int64_t batch,
-                             int64_t channels, double temperature, Acc<T>* weights) {
-  const Acc<T> factor = static_cast<Acc<T>>(-temperature * kLog2e);
+void launch_distance_matrix(const Launch& launch, const RowSet& own, const RowSet& other, int64_t batch,
+                            int64_t channels, Acc<T>* matrix) {
   const int64_t row_tiles = tiles_of(own.count);
   const dim3 grid(batch * row_tiles, tiles_of(other.count));
   const bool packs = packable_rows<T>(own, channels) && packable_rows<T>(other, channels);
-  launch(packs ? &distance_weights<DistanceTile<T, true>> : &distance_weights<DistanceTile<T, false>>, grid, kThreads,
-         DistanceTile<T, true>::kBytes, own, other, channels, row_tiles, factor, weights);
+  launch(packs ? &distance_matrix<DistanceTile<T, true>> : &distance_matrix<DistanceTile<T, false>>, grid, kThreads,
+         DistanceTile<T, true>::kBytes, own, other, channels, row_tiles, matrix);
 }
 
 template <typename T, typename Launch>

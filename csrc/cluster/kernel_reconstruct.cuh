@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // CUDA kernels of reconstruction and its backward.
 //
-// The weights of some images are a matrix [images, tokens, clusters] in memory: made by distance_weights, then a warp
-// per token finds the k-th largest, drops the rest and normalises. Sums over the kept entries of a row (or a column,
+// The distances of some images are a matrix [images, tokens, clusters] in memory. A warp per token finds the k-th
+// smallest of its row and turns the row into weights. Sums over the kept entries of a row (or a column,
 // in the backward) are gathered in ascending order.
 #pragma once
 
@@ -91,16 +91,16 @@ __device__ __forceinline__ void sparse_sum(int64_t count, Entry<Acc<T>>* list, W
 
 // ---- the kept weights of a row -------------------------------------------------------------------------------------
 
-// Weights are never negative, so their bits are in order; NaN ranks last.
-__device__ __forceinline__ uint32_t rank_bits(float u) {
+// Integers in the order of the distances, the nearest largest; NaN ranks last.
+__device__ __forceinline__ uint32_t rank_bits(float d) {
   uint32_t bits;
-  memcpy(&bits, &u, 4);
-  return u != u ? 0 : bits + 1;
+  memcpy(&bits, &d, 4);
+  return d != d ? 0 : bits >> 31 != 0 ? bits : ~bits & 0x7fffffffu;
 }
-__device__ __forceinline__ uint64_t rank_bits(double u) {
+__device__ __forceinline__ uint64_t rank_bits(double d) {
   uint64_t bits;
-  memcpy(&bits, &u, 8);
-  return u != u ? 0 : bits + 1;
+  memcpy(&bits, &d, 8);
+  return d != d ? 0 : bits >> 63 != 0 ? bits : ~bits & 0x7fffffffffffffffull;
 }
 
 // The k-th largest rank of a row, bit by bit, by a warp; each lane reads its own entries only. Held > 0: at most
@@ -110,10 +110,10 @@ __device__ __forceinline__ auto rank_of_kth(const A* row, int64_t count, int64_t
   using Rank = decltype(rank_bits(A()));
   const int lane = threadIdx.x % 32;
   Rank held[Held > 0 ? Held : 1], kth = 0;
+  if (k >= count) return kth;
 #pragma unroll
   for (int i = 0; i < Held; ++i) held[i] = i * 32 + lane < count ? rank_bits(row[i * 32 + lane]) : 0;
-  if (k >= count) return kth;
-  for (int bit = sizeof(A) * 8 - 2; bit >= 0; --bit) {
+  for (int bit = sizeof(A) * 8 - 1; bit >= 0; --bit) {
     const Rank candidate = kth | Rank(1) << bit;
     int reached = 0;
     if constexpr (Held > 0) {
@@ -129,21 +129,23 @@ __device__ __forceinline__ auto rank_of_kth(const A* row, int64_t count, int64_t
   return kth;
 }
 
-// Turns the weights of a row into those of the k largest (with ties), divided by their norm; 0 for the others. True
-// when the norm has reached its floor.
+// Turns the distances of a row into weights: exp(-temperature * d) of the k nearest (with ties) divided by their norm,
+// 0 for the others. True when the norm has reached its floor.
 template <int Held, typename A>
-__device__ __forceinline__ bool normalise_row(A* row, int64_t count, int64_t k, bool l1) {
+__device__ __forceinline__ bool weigh_row(A* row, const ReconstructParams& p) {
   const int lane = threadIdx.x % 32;
-  const auto kth = rank_of_kth<Held>(row, count, k);
+  const auto kth = rank_of_kth<Held>(row, p.clusters, p.k);
+  const A factor = static_cast<A>(-p.temperature * kLog2e);
   A sum = 0;
-  for (int64_t i = lane; i < count; i += 32) {
-    const A u = rank_bits(row[i]) >= kth ? row[i] : A(0);
-    sum += l1 ? u : u * u;
+  for (int64_t i = lane; i < p.clusters; i += 32) {
+    const A d = row[i], u = rank_bits(d) >= kth ? exp2_fast(d * factor) : A(0);
+    row[i] = u;
+    sum += p.l1 ? u : u * u;
   }
   sum = warp_sum(sum);
-  const A norm = l1 ? sum : std::sqrt(sum), floor = static_cast<A>(kNormFloor);
+  const A norm = p.l1 ? sum : std::sqrt(sum), floor = static_cast<A>(kNormFloor);
   const A divisor = norm < floor ? floor : norm;
-  for (int64_t i = lane; i < count; i += 32) row[i] = rank_bits(row[i]) >= kth ? row[i] / divisor : A(0);
+  for (int64_t i = lane; i < p.clusters; i += 32) row[i] /= divisor;
   return norm < floor;
 }
 
@@ -158,7 +160,7 @@ __global__ void __launch_bounds__(kBlock, 2) reconstruct_rows(ReconstructParams 
   TP_SHARED(Entry<A>, lists, [kWarps][kListed]);
   for (int64_t t = global_thread() / 32; t < p.batch * p.tokens; t += grid_threads() / 32) {
     A* row = weights + t * p.clusters;
-    normalise_row<Held>(row, p.clusters, p.k, p.l1);
+    weigh_row<Held>(row, p);
     const T* values = static_cast<const T*>(p.values) + t / p.tokens * p.values_batch;
     sparse_sum<T, W, false>(
         p.clusters, lists[threadIdx.x / 32], [&](int64_t m) { return row[m]; }, values, p.values_row,
@@ -166,8 +168,8 @@ __global__ void __launch_bounds__(kBlock, 2) reconstruct_rows(ReconstructParams 
   }
 }
 
-// A warp per token: normalised weights v in place, and in `slopes` the factors of (feature - center) in the gradient:
-// -2 t u dL/du. Then the gradient of the feature.
+// A warp per token: weights v in place of the distances, and in `slopes` the factors of (feature - center) in the
+// gradient: -2 t u dL/du. Then the gradient of the feature.
 template <typename T, int W, int Held>
 __global__ void __launch_bounds__(kBlock, 1)
     reconstruct_slopes(ReconstructParams p, Acc<T>* weights, Acc<T>* slopes, bool packed_values) {
@@ -178,7 +180,7 @@ __global__ void __launch_bounds__(kBlock, 1)
     const int64_t b = t / p.tokens;
     A *row = weights + t * p.clusters, *slope = slopes + t * p.clusters;
     Entry<A>* list = lists[threadIdx.x / 32];
-    const bool at_floor = normalise_row<Held>(row, p.clusters, p.k, p.l1);
+    const bool at_floor = weigh_row<Held>(row, p);
     for (int64_t m = lane; m < p.clusters; m += 32) slope[m] = 0;
     const T* grad = static_cast<const T*>(p.grad) + t * p.width;
     const T* values = static_cast<const T*>(p.values) + b * p.values_batch;
@@ -270,9 +272,8 @@ void launch_reconstruct(const Launch& launch, const ReconstructParams& p, Acc<T>
   const bool held = p.clusters <= 32 * kHeld;
   for (int64_t first = 0, step = images_at_once(p); first < p.batch; first += step) {
     const ReconstructParams q = images_of<T>(p, first, step < p.batch - first ? step : p.batch - first);
-    launch_distance_weights<T>(launch, {q.features, q.features_batch, q.features_row, q.tokens},
-                               {q.centers, q.centers_batch, q.centers_row, q.clusters}, q.batch, q.channels,
-                               q.temperature, weights);
+    launch_distance_matrix<T>(launch, {q.features, q.features_batch, q.features_row, q.tokens},
+                              {q.centers, q.centers_batch, q.centers_row, q.clusters}, q.batch, q.channels, weights);
     constexpr int kP = kPack<T>;
     launch(packed ? (held ? &reconstruct_rows<T, kP, kHeld> : &reconstruct_rows<T, kP, 0>)
                   : (held ? &reconstruct_rows<T, 1, kHeld> : &reconstruct_rows<T, 1, 0>),
@@ -299,7 +300,7 @@ void launch_reconstruct_backward(const Launch& launch, const ReconstructParams& 
     const RowSet centers{q.centers, q.centers_batch, q.centers_row, q.clusters};
     const RowSet grads{q.grad, q.tokens * q.width, q.width, q.tokens};
     if (q.tokens > 0) {
-      launch_distance_weights<T>(launch, features, centers, q.batch, q.channels, q.temperature, weights);
+      launch_distance_matrix<T>(launch, features, centers, q.batch, q.channels, weights);
       launch(packed ? (held ? &reconstruct_slopes<T, kP, kHeld> : &reconstruct_slopes<T, kP, 0>)
                     : (held ? &reconstruct_slopes<T, 1, kHeld> : &reconstruct_slopes<T, 1, 0>),
              grid_for(q.batch * q.tokens, kWarps), kBlock, 0, q, weights, slopes, packed_values);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sums over windows of the map, in gather form: centers from their tokens, gradients of tokens from their centers, and
-// adaptive average pooling with its adjoint. A warp forms 2 x 2 neighbouring results, which share most sources.
+// Which tokens and centers meet, and sums over windows of the map, in gather form: centers from their tokens, gradients
+// of tokens from their centers, and adaptive average pooling with its adjoint. A warp forms 2 x 2 neighbouring results,
+// which share most sources.
 #pragma once
 
 #include "../common/cuda.h"
@@ -22,6 +23,35 @@ __device__ __forceinline__ int64_t slots_end(const ClusterAxis& a, int64_t home)
   const int64_t rest = a.cells - home + a.reach;
   return rest < window_width(a) ? rest : window_width(a);
 }
+
+// The candidates of one token in its row of slots.
+struct Candidates {
+  int64_t y0, y1, x0, x1, width;
+
+  __device__ __forceinline__ Candidates(const ClusterAxis& ya, const ClusterAxis& xa, int64_t y, int64_t x)
+      : y0(slots_begin(ya, home_cell(ya, y))),
+        y1(slots_end(ya, home_cell(ya, y))),
+        x0(slots_begin(xa, home_cell(xa, x))),
+        x1(slots_end(xa, home_cell(xa, x))),
+        width(window_width(xa)) {}
+
+  template <typename F>
+  __device__ __forceinline__ void each(F&& f) const {
+    for (int64_t i = y0; i < y1; ++i) {
+      for (int64_t j = x0; j < x1; ++j) f(i * width + j);
+    }
+  }
+  __device__ __forceinline__ bool has(int64_t slot) const {
+    return in_range(slot / width - y0, y1 - y0) && in_range(slot % width - x0, x1 - x0);
+  }
+};
+
+template <typename A>
+__device__ __forceinline__ A lower(A a, A b) {
+  return b < a ? b : a;
+}
+
+// ---- sums ----------------------------------------------------------------------------------------------------------
 
 enum WindowSum { kMeans, kMeansAdjoint, kPools, kPoolsAdjoint };
 

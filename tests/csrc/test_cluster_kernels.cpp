@@ -305,14 +305,12 @@ struct WeightRow {
       const double e = std::exp(-temperature * d);
       u.push_back(sizeof(A) == 4 && e < 1.2e-38 ? 0 : e);
     }
-    std::vector<double> order;
-    for (double e : u) order.push_back(e == e ? e : -1);  // NaN ranks last
-    std::sort(order.begin(), order.end(), std::greater<>());
-    const double threshold = order[k - 1];
+    std::vector<double> order = distance;
+    std::sort(order.begin(), order.end());
     double sum = 0;
-    for (double& e : u) {
-      if ((e == e ? e : -1) < threshold) e = 0;
-      sum += l1 ? e : e * e;
+    for (size_t i = 0; i < u.size(); ++i) {
+      if (distance[i] > order[k - 1]) u[i] = 0;
+      sum += l1 ? u[i] : u[i] * u[i];
     }
     const double norm = l1 ? sum : std::sqrt(sum);
     at_floor = norm < 1e-12;
