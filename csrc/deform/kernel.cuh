@@ -294,7 +294,7 @@ struct ValueRows {
   uint32_t row_bytes;
   __device__ __forceinline__ ValueRows(const DeformParams& p, int64_t b, int64_t m, int64_t c)
       : base(reinterpret_cast<const char*>(static_cast<const T*>(p.value) + b * p.value_batch + m * p.value_head + c)),
-        row_bytes(static_cast<uint32_t>(p.value_token * static_cast<int64_t>(sizeof(T)))) {}
+        row_bytes(static_cast<uint32_t>(p.value_token) * static_cast<uint32_t>(sizeof(T))) {}
   __device__ __forceinline__ const T* operator()(int32_t row) const {
     return reinterpret_cast<const T*>(base + static_cast<uint64_t>(static_cast<uint32_t>(row)) * row_bytes);
   }

@@ -10,7 +10,16 @@ namespace tokenprune {
 namespace {
 
 using test::Random;
-const host_model::Launcher launch;
+
+// Never more than two rows of blocks, so that every kernel goes round its loop over (image, head).
+struct NarrowLauncher {
+  template <typename... Parameters, typename... Args>
+  void operator()(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Args... args) const {
+    grid.y = std::min(grid.y, 2u);
+    host_model::Launcher{}(kernel, grid, block, shared_bytes, args...);
+  }
+};
+const NarrowLauncher launch;
 constexpr int kScanBlock = 64;
 
 struct Shape {
@@ -41,13 +50,12 @@ struct Case {
   std::vector<double> want_out, want_value, want_locations, want_weights, want_reference;
 
   Case(const Shape& shape, bool is_fused) : k(shape), fused(is_fused) {
-    int64_t tokens = 0;
+    int64_t tokens = std::max<int64_t>(k.tokens, 0);
     for (Level& l : k.levels) {
       if (!k.device) l.start = tokens;
-      tokens += l.height * l.width;
+      if (k.tokens < 0) tokens += l.height * l.width;
       shapes.insert(shapes.end(), {l.height, l.width}), starts.push_back(l.start);
     }
-    if (k.tokens >= 0) tokens = k.tokens;
     p.batch = k.batch, p.heads = k.heads, p.dim = k.dim, p.queries = k.queries, p.points = k.points;
     p.tokens = tokens, p.levels = static_cast<int64_t>(k.levels.size()), p.fused = fused;
     p.offsets_are_values = fused && std::is_same_v<P, T>;
@@ -316,14 +324,6 @@ void test_shapes() {
   test_shape<T>({"no channels", 2, 2, 0, 3, 2, {{3, 4}}});
 }
 
-// More pairs than the grid has rows for.
-void test_many_images() {
-  Case<float, float> k({"many images", 22000, 3, 1, 1, 1, {{1, 1}}}, false);
-  k.loops();
-  k.forward();
-  test::close("many images out", k.out, k.want_out, 1e-5);
-}
-
 void test_orders(int64_t queries, const std::vector<Level>& levels) {
   std::vector<LevelBox> boxes;
   for (const Level& l : levels) {
@@ -387,7 +387,6 @@ int main() {
   if (test::kTiny) return test::finish();
   test_shapes<double>();
   test_shapes<__half>();
-  test_many_images();
   test_orders(35, {{5, 7}});
   test_orders(20 * 13 + 10 * 6 + 5 * 3, {{20, 13}, {10, 6}, {5, 3}});
   test_orders(5 * 12 * 10 + 6 * 5, {{12, 10}});
