@@ -93,41 +93,50 @@ struct PairBackward {
         f(i, s, weight);
       }
       state[j] = {{s.fx, s.fy, weight, static_cast<A>(s.reads)}};
-      rows[j] = s.reads != 0 ? s.rows() : Pack<int32_t, 4>{{-1, -1, -1, -1}};
+      rows[j] = s.reads != 0 ? s.rows() : Pack<int32_t, 4>{};
     }
     warp_sync();
   }
 
-  // dots of the prepared points.
+  // dots of the prepared points. What a lane without channels or a point that reads nothing loads is not used, so no
+  // load waits for a condition.
   __device__ __forceinline__ void find_dots(int count) {
+    if (p.tokens * p.dim == 0) {
+      for (int i = lane.lane; i < count; i += lane.lanes) dots[i] = {};
+      return warp_sync();
+    }
     const T* grads = static_cast<const T*>(p.grad_out.data) + b * p.grad_out.batch_stride +
                      lane.query * p.grad_out.query_stride + m * p.dim;
-    for (int64_t pass = 0; pass == 0 || pass < p.dim; pass += lane.lanes * W) {
+    for (int64_t pass = 0; pass < p.dim; pass += lane.lanes * W) {
       const int64_t c = pass + lane.lane * W;
-      const bool inside = lane.active && c < p.dim;
+      const bool inside = c < p.dim;
       const ValueRows<T> value(p, b, m, inside ? c : 0);
-      const Pack<T, W> packed = inside ? load_pack<W>(grads + c) : Pack<T, W>{};
+      const Pack<T, W> packed = load_pack<W>(grads + (inside ? c : 0));
       A grad[W];
 #pragma unroll
       for (int j = 0; j < W; ++j) grad[j] = to_acc(packed.v[j]);
-#pragma unroll 2
-      for (int i = 0; i < count; ++i) {
-        const Pack<int32_t, 4> row = rows[i];
-        A dot[4] = {};
-        if (inside && row.v[0] >= 0) {
-          Pack<T, W> v[4];
+      for (int i = 0; i < count; i += 2) {  // two points: eight loads in flight
+        Pack<T, W> v[2][4];
 #pragma unroll
-          for (int k = 0; k < 4; ++k) v[k] = load_pack<W>(value(row.v[k]));
+        for (int n = 0; n < 2; ++n) {
+          const Pack<int32_t, 4> row = rows[i + n < count ? i + n : i];
+#pragma unroll
+          for (int k = 0; k < 4; ++k) v[n][k] = load_pack<W>(value(row.v[k]));
+        }
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          A dot[4] = {};
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
 #pragma unroll
-            for (int j = 0; j < W; ++j) dot[k] += grad[j] * to_acc(v[k].v[j]);
+            for (int j = 0; j < W; ++j) dot[k] += grad[j] * to_acc(v[n][k].v[j]);
+            if (!inside) dot[k] = 0;
           }
-        }
-        const A sum = reduce_corners(dot, lane);
-        if (lane.lane < 4) {
-          A& kept = dots[i].v[lane.lane];
-          kept = pass == 0 ? sum : kept + sum;
+          const A sum = reduce_corners(dot, lane);
+          if (lane.lane < 4 && i + n < count) {
+            A& kept = dots[i + n].v[lane.lane];
+            kept = pass == 0 ? sum : kept + sum;
+          }
         }
       }
     }
@@ -189,24 +198,22 @@ __global__ void __launch_bounds__(kBlock, 2)
     const int64_t b = bm / p.heads, m = bm - b * p.heads;
     const PairPoints<T, Fused> points(p, b, m, lane);
     PairBackward<T, W, Fused> pair{p, lane, points, shared.levels, b, m, state, dots, rows};
-    const auto count_at = [&](int first) { return total - first < tile.chunk ? total - first : tile.chunk; };
-    A delta = 0;
-    if (Fused && total > tile.chunk) {  // the softmax needs all points before the first result
-      for (int first = 0; first < total; first += tile.chunk) {
-        pair.prepare(first, count_at(first), [](int, const Sample<A>&, A) {});
-        pair.find_dots(count_at(first));
-        delta += pair.weighted(count_at(first));
-      }
-      delta = lane.sum(delta);
-    }
     const int64_t number = (bm * p.queries + lane.query) * total;
-    for (int first = 0; first < total; first += tile.chunk) {
-      const int count = count_at(first);
-      pair.prepare(first, count,
-                   [&](int i, const Sample<A>& s, A weight) { enter_list(lists, p, bm, number + i, s, weight); });
-      pair.find_dots(count);
-      if (Fused && total <= tile.chunk) delta = lane.sum(pair.weighted(count));
-      pair.write(first, count, delta, lists.pixel_grads != nullptr ? lists.pixel_grads + number : nullptr);
+    const bool chunked = total > tile.chunk;
+    A delta = 0;
+    // The softmax needs all points before the first result: more than one chunk goes round twice.
+    for (int round = Fused && chunked ? 0 : 1; round < 2; ++round) {
+      for (int first = 0; first < total; first += tile.chunk) {
+        const int count = total - first < tile.chunk ? total - first : tile.chunk;
+        pair.prepare(first, count, [&](int i, const Sample<A>& s, A weight) {
+          if (round == 1) enter_list(lists, p, bm, number + i, s, weight);
+        });
+        pair.find_dots(count);
+        if (Fused && (round == 0 || !chunked)) delta += lane.sum(pair.weighted(count));
+        if (round == 1) {
+          pair.write(first, count, delta, lists.pixel_grads != nullptr ? lists.pixel_grads + number : nullptr);
+        }
+      }
     }
   }
 }

@@ -191,23 +191,82 @@ struct FourLists {
   __device__ __forceinline__ int list_of(int32_t place) const {
     return (place >= end[0]) + (place >= end[1]) + (place >= end[2]);
   }
+  __device__ __forceinline__ int32_t offset_of(int k) const {  // not an index: that would put it into local memory
+    return k < 2 ? (k == 0 ? offset[0] : offset[1]) : (k == 2 ? offset[2] : offset[3]);
+  }
+};
+
+// Division of numbers below 2^31 by a constant, as a multiplication.
+struct Divider {
+  uint32_t divisor = 1, multiplier = uint32_t{1} << 31;
+  int shift = 31;
+
+  Divider() = default;
+  explicit Divider(uint32_t d) : divisor(d), shift(31) {  // 0 < d < 2^31
+    while (int64_t{1} << (shift - 31) < d) ++shift;
+    multiplier = static_cast<uint32_t>(((uint64_t{1} << shift) + d - 1) / d);
+  }
+  __host__ __device__ __forceinline__ uint32_t operator()(uint32_t number) const {
+    return static_cast<uint32_t>(static_cast<uint64_t>(number) * multiplier >> shift);
+  }
+};
+
+// One pixel's sum over the lists of one level, by one part of its lanes.
+template <typename T, int W>
+struct PixelSum {
+  using A = Acc<T>;
+  static constexpr int kAtOnce = 4;  // members in flight
+  const int32_t* member;             // of the segment
+  const Pack<A, 4>* weights;
+  const T* grads;  // of the segment's first query, at this lane's channels
+  int64_t query_stride;
+  Divider per_query;
+  A sum[W] = {};
+
+  // Points [first, first + points) of a query belong to the level. Levels given by the device may overlap: a list then
+  // holds points of several.
+  __device__ __forceinline__ void add(const FourLists& four, uint32_t first, uint32_t points, int part, int parts) {
+    const int32_t last = four.end[3] - 1;
+    for (int32_t begin = part; begin <= last; begin += kAtOnce * parts) {
+      uint32_t number[kAtOnce];
+      int list[kAtOnce];
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        const int32_t wanted = begin + n * parts, place = wanted < last ? wanted : last;
+        list[n] = four.list_of(place);
+        number[n] = static_cast<uint32_t>(member[place + four.offset_of(list[n])]);
+      }
+      Pack<T, W> g[kAtOnce];
+      A weight[kAtOnce];
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        const uint32_t q = per_query(number[n]), point = number[n] - q * per_query.divisor;
+        g[n] = load_pack<W>(grads + q * query_stride);
+        weight[n] = point - first < points ? weights[number[n]].v[list[n]] : A(0);
+      }
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        if (begin + n * parts > last) break;
+#pragma unroll
+        for (int j = 0; j < W; ++j) sum[j] += weight[n] * to_acc(g[n].v[j]);
+      }
+    }
+  }
 };
 
 template <typename T, int W>
 __global__ void __launch_bounds__(kBlock, 3)
-    sum_value_grad(DeformParams p, LevelArgs args, DeformLists<Acc<T>> lists, SumTile tile) {
+    sum_value_grad(DeformParams p, LevelArgs args, DeformLists<Acc<T>> lists, SumTile tile, Divider per_query) {
   using A = Acc<T>;
   LevelBox* levels = dynamic_shared<LevelBox>();
   load_levels(p, args, levels);
   const int lanes = 1 << tile.log_lanes, lane = threadIdx.x & (lanes - 1), width = 1 << tile.log_width;
   const int part = (threadIdx.x & (width - 1)) >> tile.log_lanes, parts = 1 << (tile.log_width - tile.log_lanes);
-  const uint32_t per_query = static_cast<uint32_t>(p.levels * p.points), points = static_cast<uint32_t>(p.points);
-  const int64_t pixels_at_once = grid_threads() >> tile.log_width;
+  const uint32_t points = static_cast<uint32_t>(p.points);
+  const int64_t per_segment = p.queries * p.levels * p.points, pixels_at_once = grid_threads() >> tile.log_width;
   for (int64_t segment = blockIdx.y; segment < p.batch * p.heads; segment += gridDim.y) {
     const int64_t b = segment / p.heads, m = segment - b * p.heads;
-    const int64_t numbers = segment * p.queries * per_query;
-    const int32_t *begins = lists.start + segment * (p.tokens + 1), *member = lists.member + numbers;
-    const Pack<A, 4>* weights = lists.weights + numbers;
+    const int32_t* begins = lists.start + segment * (p.tokens + 1);
     const T* grads = static_cast<const T*>(p.grad_out.data) + b * p.grad_out.batch_stride + m * p.dim;
     // The first pixel of this warp, so that all its lanes leave the loop together.
     for (int64_t base = global_thread() / 32 * 32 >> tile.log_width; base < p.tokens; base += pixels_at_once) {
@@ -217,26 +276,14 @@ __global__ void __launch_bounds__(kBlock, 3)
       for (int64_t pass = 0; pass < p.dim; pass += lanes * W) {
         const int64_t c = pass + lane * W;
         const bool inside = c < p.dim;
-        A sum[W] = {};
+        PixelSum<T, W> pixel_sum{lists.member + segment * per_segment, lists.weights + segment * per_segment,
+                                 grads + (inside ? c : 0), p.grad_out.query_stride, per_query};
         for (int l = 0; l < static_cast<int>(p.levels); ++l) {
           const LevelBox level = levels[l];
-          const int64_t in_level = pixel - level.start;
-          if (!receives || !in_range(in_level, static_cast<int64_t>(level.height) * level.width)) continue;
-          const FourLists four(begins, level, static_cast<int32_t>(pixel));
-#pragma unroll 4
-          for (int32_t place = part; place < four.end[3]; place += parts) {
-            const int k = four.list_of(place);
-            const int32_t at_k =
-                k < 2 ? (k == 0 ? four.offset[0] : four.offset[1]) : (k == 2 ? four.offset[2] : four.offset[3]);
-            const uint32_t number = static_cast<uint32_t>(member[place + at_k]), q = number / per_query;
-            // Levels given by the device may overlap: a list then holds points of several.
-            const bool same = number - q * per_query - l * points < points;
-            const A weight = same ? weights[number].v[k] : A(0);
-            const Pack<T, W> g = inside ? load_pack<W>(grads + q * p.grad_out.query_stride + c) : Pack<T, W>{};
-#pragma unroll
-            for (int j = 0; j < W; ++j) sum[j] += weight * to_acc(g.v[j]);
-          }
+          if (!receives || !in_range(pixel - level.start, static_cast<int64_t>(level.height) * level.width)) continue;
+          pixel_sum.add(FourLists(begins, level, static_cast<int32_t>(pixel)), l * points, points, part, parts);
         }
+        A(&sum)[W] = pixel_sum.sum;
         for (int mask = lanes; mask < width; mask *= 2) {
 #pragma unroll
           for (int j = 0; j < W; ++j) sum[j] += warp_shuffle_xor(sum[j], mask);
@@ -262,7 +309,9 @@ void launch_sums_as(const Launch& launch, const DeformParams& p, const LevelArgs
   const SumTile tile = sum_tile(p, W);
   const int64_t segments = p.batch * p.heads;
   const dim3 grid(grid_for(p.tokens, kBlock >> tile.log_width), segments < kMostGridY ? segments : kMostGridY);
-  launch(&sum_value_grad<T, W>, grid, kBlock, p.levels * sizeof(LevelBox), p, args, lists, tile);
+  const int64_t per_query = p.levels * p.points;
+  launch(&sum_value_grad<T, W>, grid, kBlock, p.levels * sizeof(LevelBox), p, args, lists, tile,
+         Divider(static_cast<uint32_t>(per_query > 0 ? per_query : 1)));
 }
 
 // The whole backward. ScanBlock: fewer threads suit the host model.

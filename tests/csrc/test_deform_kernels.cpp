@@ -363,6 +363,19 @@ void test_sorting(const std::vector<int64_t>& lengths, int64_t segments) {
   test::equal("sorting " + std::to_string(tokens) + " lists", member, want);
 }
 
+void test_division() {
+  bool good = true;
+  for (uint32_t d : {1u, 2u, 3u, 7u, 12u, 16u, 48u, 1000u, 65537u, (1u << 30) + 1, (1u << 31) - 1}) {
+    const Divider divide(d);
+    for (uint32_t q : {0u, 1u, 5u, ((1u << 31) - 1) / d}) {
+      for (uint32_t n : {q * d, q * d + d - 1, q * d - 1, (1u << 31) - 1}) {
+        if (n < 1u << 31) good &= divide(n) == n / d;
+      }
+    }
+  }
+  test::report("division by multiplication", good, "");
+}
+
 void test_scan(int64_t segments, int64_t tokens) {
   Random random(3);
   std::vector<int32_t> start(segments * (tokens + 1)), want(start.size());
@@ -387,6 +400,7 @@ int main() {
   if (test::kTiny) return test::finish();
   test_shapes<double>();
   test_shapes<__half>();
+  test_division();
   test_orders(35, {{5, 7}});
   test_orders(20 * 13 + 10 * 6 + 5 * 3, {{20, 13}, {10, 6}, {5, 3}});
   test_orders(5 * 12 * 10 + 6 * 5, {{12, 10}});
