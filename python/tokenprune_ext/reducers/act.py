@@ -7,6 +7,7 @@ group weighted with its size. The number of groups depends on the data and is ne
 token, and the slots that no group fills belong to no sequence.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -68,12 +69,19 @@ def act_codes(
     if x.shape[1] == 0:
         return x.new_zeros(x.shape[:2], dtype=torch.int64)
     stat = stat_dtype(x.dtype)
+    # Large temporaries are what costs here: the floats are rounded in place, and the least hashes of a row, which only
+    # shift the sum, are subtracted from the codes.
+    shifts = torch.arange(0, 2 * hashes, 2, device=x.device)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        values = x.to(stat) @ projection.to(stat).reshape(x.shape[2], hashes) + offset.to(stat).reshape(hashes)
-        h = (values / width).floor().to(torch.int64)
-        least = h if valid is None else torch.where(valid[..., None], h, torch.iinfo(torch.int64).max)
-        shifts = torch.arange(0, 2 * hashes, 2, device=x.device)
-        return ((h - least.amin(1, keepdim=True)) << shifts).sum(-1)
+        h = x.to(stat) @ projection.to(stat).reshape(x.shape[2], hashes)
+        h = h.add_(offset.to(stat).reshape(hashes)).div_(width).floor_()
+        least = (h if valid is None else torch.where(valid[..., None], h, math.inf)).amin(1, keepdim=True)
+        least = torch.where(least.isfinite(), least, 0)
+        return _code(h, shifts) - _code(least, shifts)
+
+
+def _code(h, shifts):
+    return h.to(torch.int64).bitwise_left_shift_(shifts).sum(-1)
 
 
 def act_groups(codes: Tensor, valid: Tensor | None = None) -> Groups:
