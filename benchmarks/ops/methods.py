@@ -172,7 +172,9 @@ def _inputs(context: Context, dtype: torch.dtype, batch: int, spread: float) -> 
     qkv[:, :, 0] = 4 * draw(batch, 1, HEADS, DIM) + spread * qkv[:, :, 0]
     uniform = torch.rand(64, generator=generator)
     q, k, v = qkv.to(context.device, dtype).unbind(2)
-    return SimpleNamespace(q=q, k=k, v=v, normal=draw(DIM + 2, 64).to(context.device), uniform=uniform.to(context.device))
+    return SimpleNamespace(
+        q=q, k=k, v=v, normal=draw(DIM + 2, 64).to(context.device), uniform=uniform.to(context.device)
+    )
 
 
 def _agree(name, ours, theirs, dtype, share=0.95):

@@ -119,6 +119,21 @@ def test_separate_query_and_key_index(device):
     torch.testing.assert_close(grads, torch.autograd.grad(expected[0].sum() + expected[1].sum(), (q, k, v)))
 
 
+@pytest.mark.parametrize("index", [None, [8, 0, 3, 3]])
+def test_keys_may_have_an_index_of_their_own(index, device):
+    q, k, v = (packed(9, 2, 8, seed=i, device=device).requires_grad_() for i in range(3))
+    keys = ints([1, 7, 2, 5, 0, 4], device)
+    queries = None if index is None else ints(index, device)
+    starts = {"cu_seqlens_q": ints([0, 1, 4], device), "cu_seqlens_k": ints([0, 4, 6], device)}
+    starts |= {"max_seqlen_q": 3, "max_seqlen_k": 4, "key_bias": torch.linspace(-1, 1, 6, device=device)}
+    out = ops.sparse_attention(q, k, v, index=queries, index_k=keys, **starts)
+    plain = [q if index is None else q[queries.long()], k[keys.long()], v[keys.long()]]
+    expected = ops.sparse_attention(*plain, **starts)
+    torch.testing.assert_close(out, expected)
+    grads = [torch.autograd.grad(o[0].sin().sum() + o[1][:, :4].sum(), (q, k, v)) for o in (out, expected)]
+    torch.testing.assert_close(*grads)
+
+
 # ---------------------------------------------------------------- errors
 
 Q = torch.zeros(5, 2, 4)
@@ -156,6 +171,7 @@ PUBLIC_ERRORS = {
     "bias_device": (ValueError, "key_bias must", {"key_bias": torch.zeros(5, device="meta")}),
     "index_dtype": (TypeError, "index must", {"index": torch.zeros(5)}),
     "index_rank": (ValueError, "index must", {"index": CU[None]}),
+    "index_k_dtype": (TypeError, "index_k must", {"index_k": torch.zeros(5)}),
 }
 
 

@@ -84,6 +84,25 @@ def split(x, state):
     return x.split(state.cu_seqlens.diff().tolist())
 
 
+def compile_over_counts(blocks, reducer, *, packed=False, backend="aot_eager", counts=range(30, 40), **config):
+    """One compilation serves all token counts and gives the eager results; ``config``: of ``torch._dynamo``."""
+    torch._dynamo.reset()
+
+    def run(x):
+        state = TokenState(num_prefix=1)
+        x, state = state.as_packed(x) if packed else (x, state)
+        return walk(blocks, x, reducer, state)
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=backend)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True, **config):
+        for count in counts:
+            x = tokens(2, count, seed=count)
+            torch.manual_seed(count)
+            expected, _ = run(x)
+            torch.manual_seed(count)
+            torch.testing.assert_close(compiled(x)[0], expected)
+
+
 def nearest_rows(features, kept):
     """For every row of ``features [n, C]`` the position in ``kept`` of the closest kept row."""
     return ((features[:, None] - features[kept][None]) ** 2).sum(-1).argmin(1)
@@ -94,6 +113,7 @@ __all__ = [
     "HEADS",
     "WIDTH",
     "TinyBlock",
+    "compile_over_counts",
     "dense",
     "nearest_rows",
     "pack_ragged",
