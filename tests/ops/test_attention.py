@@ -80,9 +80,7 @@ def make_policy(rng, batch, tokens, heads=2, dim=8, keep=60, eps=1e-6, scale=Non
 # ---------------------------------------------------------------- functions under test
 
 
-def attention(
-    q, k, v, cu_q, cu_k=None, key_bias=None, index=None, max_q=0, max_k=None, scale=None, cls=False, index_k=None
-):
+def attention(q, k, v, cu_q, cu_k=None, key_bias=None, index=None, max_q=0, max_k=None, scale=None, cls=False):
     return ops.sparse_attention(
         q,
         k,
@@ -94,7 +92,6 @@ def attention(
         key_bias=key_bias,
         scale=scale,
         index=index,
-        index_k=index_k,
         want_cls=cls,
     )
 

@@ -295,9 +295,11 @@ class SMYRF(Reducer):
         valid, bias = real_tokens(like, state), head_bias(like, state)
         q, k, v = (head_rows(t, state) for t in (like, k, v))
         alpha, beta = state.carry[f"smyrf.alpha.{layer}"], state.carry[f"smyrf.beta.{layer}"]
-        hidden = None if bias is None else bias == -math.inf
-        hidden = ~valid if hidden is None and valid is not None else hidden
-        orders = [smyrf_order(h, hidden) for h in smyrf_hashes(q, k, alpha[: q.shape[-1] + 2], beta)]
+        hidden, seen = None if valid is None else ~valid, (q, k)
+        if bias is not None:  # hidden tokens, which are last in every order, must not move the others either
+            hidden = bias == -math.inf
+            seen = [t.detach().masked_fill(hidden[..., None], 0) for t in seen]
+        orders = [smyrf_order(h, hidden) for h in smyrf_hashes(*seen, alpha[: q.shape[-1] + 2], beta)]
         mixed = smyrf_attention(
             q,
             k,
