@@ -110,7 +110,8 @@ def features(
 
     Returns:
         ``(features [B, n, C], state)``; ``model.forward_head(features)`` gives the logits,
-        ``model.token_reducer.losses(state)`` the training terms.
+        ``model.token_reducer.losses(state)`` the training terms. A method that keeps different numbers of tokens per
+        image gives packed features ``[T, C]`` (``state.packed``).
     """
     adapter, part = _patched("features", model)
     return adapter.forward(part, images, trace=trace, carry=carry)

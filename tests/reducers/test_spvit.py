@@ -207,16 +207,13 @@ def test_noise_is_drawn_once_and_reproducible():
 
 def test_restore_gives_every_patch_a_value():
     blocks, x = tiny_blocks(), tokens()
-    full = {}
     with torch.no_grad():
-        for masked in (False, True):
-            y, state = walk(blocks, x, make(dense=masked), TokenState(num_prefix=1).with_trace(x))
-            rest = y[:, 1:] if masked else torch.cat([part[1:] for part in split(y, state)])
-            full[masked] = make().restore(rest, state)
-    expected = full[True]
-    torch.testing.assert_close(expected, full[False], atol=1e-10, rtol=1e-10)
-    keep = state.carry["keep"] > 0
-    torch.testing.assert_close(expected[keep], y[:, 1:17][keep], atol=1e-10, rtol=1e-10)
+        y, gathered = walk(blocks, x, make(), TokenState(num_prefix=1).with_trace(x))
+        full = make().restore(torch.cat([part[1:] for part in split(y, gathered)]), gathered)
+        y, masked = walk(blocks, x, make(dense=True), TokenState(num_prefix=1).with_trace(x))
+        torch.testing.assert_close(make().restore(y[:, 1:], masked), full, atol=1e-10, rtol=1e-10)
+    keep = masked.carry["keep"] > 0
+    torch.testing.assert_close(full[keep], y[:, 1:17][keep], atol=1e-10, rtol=1e-10)
     with pytest.raises(ValueError, match="must be traced"):
         make().restore(y[:, 1:], TokenState(num_prefix=1))
 

@@ -14,15 +14,17 @@ def matches(state: dict[str, Tensor]) -> bool:
     Raises:
         ValueError: the file is of DynamicCNN or DynamicSwin, which work on feature maps and are not supported.
     """
-    if any(".score_predictor." in key or ".fastmlp." in key for key in state):
-        raise _refused("DynamicSwin (dynamicswin_*)")
-    if "downsample_layers.0.0.weight" in state and any("fast_path" in key for key in state):
-        raise _refused("DynamicCNN (dynamiccnn_*, ConvNeXt)")
+    _refuse_feature_maps(state)
     return "score_predictor.0.in_conv.0.weight" in state
 
 
 def convert(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Official names -> the model's."""
+    """Official names -> the model's.
+
+    Raises:
+        ValueError: as :func:`matches`.
+    """
+    _refuse_feature_maps(state)
     return {rename(key): value for key, value in state.items()}
 
 
@@ -34,6 +36,13 @@ def rename(key: str) -> str:
 def export(model: nn.Module) -> dict[str, Tensor]:
     """Weights of a patched model under the official names."""
     return {_OFFICIAL + k.removeprefix(_OURS) if k.startswith(_OURS) else k: v for k, v in model.state_dict().items()}
+
+
+def _refuse_feature_maps(state):
+    if any(".score_predictor." in key or ".fastmlp." in key for key in state):
+        raise _refused("DynamicSwin (dynamicswin_*)")
+    if "downsample_layers.0.0.weight" in state and any("fast_path" in key for key in state):
+        raise _refused("DynamicCNN (dynamiccnn_*, ConvNeXt)")
 
 
 def _refused(what):

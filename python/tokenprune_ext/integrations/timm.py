@@ -172,7 +172,15 @@ def _forward(model, x, attn_mask=None, is_causal=False):
 
 def _forward_features(model, x, attn_mask=None, is_causal=False):
     _no_mask(attn_mask, is_causal)
-    return forward(model, x)[0]
+    x, state = forward(model, x)
+    if not state.packed:
+        return x
+    if hasattr(model, "forward_tokens"):
+        raise ValueError(
+            "forward_features: tokens must be padded for timm's forward_head, got images of different lengths (use "
+            "tokenprune_ext.features, or the model itself)"
+        )
+    return model.token_reducer.pool(x, state)
 
 
 def _forward_intermediates(

@@ -5,12 +5,11 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from timm.layers import LayerNorm, PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ..nn import TokenState, pad_rows, row_positions
+from ..nn import TokenState, row_positions, sequence_of_row
 from ..ops import gather_tokens, select_tokens
 from ._base import check_options, register
 from .deit import evaluation_setting
@@ -177,9 +176,11 @@ class LVViT(VisionTransformer):
             patch = row_positions(state.cu_seqlens, x.shape[0]) >= state.num_prefix
         else:
             patch = state.index >= 0
-        starts = F.pad(patch.cumsum(0, dtype=torch.int32), (1, 0))[state.cu_seqlens.long()]
-        aux = self.aux_logits(gather_tokens(x, select_tokens(patch[None])))
-        best = pad_rows(aux, starts, state.max_seqlen, -torch.inf).amax(1)
+        rows = select_tokens(patch[None])
+        aux = self.aux_logits(gather_tokens(x, rows))
+        owner = sequence_of_row(state.cu_seqlens, x.shape[0])[rows.indices.long()]
+        best = torch.full_like(logits, -torch.inf)
+        best = best.scatter_reduce(0, owner[:, None].expand_as(aux), aux, "amax")
         return logits + _AUX_WEIGHT * torch.where(best == -torch.inf, 0, best)
 
 

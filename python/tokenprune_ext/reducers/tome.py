@@ -11,6 +11,7 @@ from torch import Tensor
 from ..nn import TokenState, pad_rows, sequence_of_row, unpad_rows
 from ..ops import Matching, bipartite_soft_matching, gather_tokens, merge_tokens
 from ._base import Reducer, register
+from ._trace import restore_by_parent
 
 __all__ = ["ToMe", "parse_r"]
 
@@ -115,16 +116,7 @@ class ToMe(Reducer):
         """Every patch takes the value of the token it was merged into: ``[B, n, ...] -> [B, N0, ...]``."""
         if "parent" not in state.carry:
             raise ValueError("ToMe.restore: trace_source must be True, got a state without sources")
-        prefix = state.num_prefix
-        parent = state.carry["parent"][:, prefix:] - prefix
-        batch, tokens = parent.shape
-        if state.packed:  # y holds the patch rows of all images, one image after another
-            starts = state.cu_seqlens[:-1] - prefix * torch.arange(batch, dtype=torch.int32, device=y.device)
-        else:
-            starts = torch.arange(batch, dtype=torch.int32, device=y.device) * y.shape[1]
-            y = y.flatten(0, 1)
-        rows = torch.where(parent < 0, -1, parent + starts[:, None])
-        return gather_tokens(y.flatten(1), rows.flatten()).view(batch, tokens, *y.shape[1:])
+        return restore_by_parent("ToMe", y, state)
 
     def plan(self, depth: int, n: int) -> list[tuple[int, int]]:
         """Token counts, clamped as in the matching."""
