@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..nn import TokenState, pad_rows, sequence_of_row, unpad_rows
-from ..ops import Matching, bipartite_soft_matching, gather_tokens, merge_tokens
+from ..ops import Matching, bipartite_soft_matching, merge_tokens
 from ._base import Reducer, register
 from ._trace import restore_by_parent
 
