@@ -121,7 +121,7 @@ def test_scores_of_nan_rank_last():
     reducer = reducers.create("evo", depth=2, ratio=[1.0, 0.5])
     state = TokenState(num_prefix=1, carry={"score": score})
     _, state = run_block(blocks[0].parts(), x, state, 1, reducer)
-    assert state.carry["order"].tolist() == [[2, 1, 3, 0]]
+    assert state.carry["order"].tolist() == [[0, 3, 2, 4, 1]]
 
 
 def test_pruning_needs_a_score():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """SMYRF against the formulas of its paper, written out plainly."""
 
+import itertools
 import math
 from functools import partial
 
@@ -43,7 +44,7 @@ def clusters_of_rows(order, size, other):
         for r, row in enumerate(rows):
             parts = max(math.ceil(len(row) / size), math.ceil(other[0] / other[1]), 1)
             bounds = [i * len(row) // parts for i in range(parts + 1)]
-            clusters += [[(rd, r, n) for n in row[a:b]] for a, b in zip(bounds, bounds[1:])]
+            clusters += [[(rd, r, n) for n in row[a:b]] for a, b in itertools.pairwise(bounds)]
     return clusters
 
 

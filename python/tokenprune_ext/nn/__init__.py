@@ -3,7 +3,15 @@
 
 from .block import AttentionBranch, BlockParts, BlockRecord, BlockRun, MlpBranch, gather_norm, run_block
 from .packed import PackedLinear, pack, unpack
-from .state import TokenState, pad_rows, row_positions, sequence_of_row, split_prefix, unpad_rows
+from .state import (
+    TokenState,
+    pad_rows,
+    rank_patches,
+    row_positions,
+    sequence_of_row,
+    split_prefix,
+    unpad_rows,
+)
 
 __all__ = [
     "AttentionBranch",
@@ -16,6 +24,7 @@ __all__ = [
     "gather_norm",
     "pack",
     "pad_rows",
+    "rank_patches",
     "row_positions",
     "run_block",
     "sequence_of_row",

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is known about the tokens that a model currently processes. The tokens themselves travel beside it."""
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -105,22 +106,23 @@ class TokenState:
         }
         return x.view(*shape, x.shape[-1]), replace(self, cu_seqlens=None, max_seqlen=0, **fields)
 
-    def gathered(self, index: TokenIndex, extra: int = 0) -> "TokenState":
+    def gathered(self, index: TokenIndex, extra: int = 0, **carry: Tensor) -> "TokenState":
         """The packed state of chosen tokens.
 
         Args:
             index: flat rows of the current tokens (a row of -1 may say anything), their ``cu_seqlens`` and bound.
             extra: number of rows behind those of the current tokens, made by the method: no patches, of size 1.
+            carry: entries to add.
         """
-        rows = index.indices.clamp(min=0).long()
         fields = {}
         for name, made in (("index", -1), ("size", 1), ("key_bias", 0)):
             values = getattr(self, name)
             if values is not None:
                 values = values.flatten()
                 values = torch.cat([values, values.new_full((extra,), made)]) if extra else values
-                fields[name] = values[rows]
-        return replace(self, cu_seqlens=index.cu_seqlens, max_seqlen=index.max_seqlen, **fields)
+                fields[name] = values[index.indices.clamp(min=0).long()]
+        carry = {**self.carry, **carry}
+        return replace(self, cu_seqlens=index.cu_seqlens, max_seqlen=index.max_seqlen, carry=carry, **fields)
 
     def uniform(self, x: Tensor) -> bool:
         """Whether all sequences are known, from shapes alone, to be equally long."""
@@ -136,6 +138,13 @@ class TokenState:
 
 
 torch.export.register_dataclass(TokenState, serialized_type_name="tokenprune_ext.TokenState")
+
+
+def rank_patches(score: Tensor, prefix: int) -> Tensor:
+    """Prefix tokens, then patches by descending score ``[B, N]``: positions, int64. Ties as they stand, NaN last."""
+    key = -score.detach()
+    key[:, :prefix] = -math.inf
+    return key.argsort(dim=1, stable=True)
 
 
 def sequence_of_row(cu_seqlens: Tensor, rows: int) -> Tensor:

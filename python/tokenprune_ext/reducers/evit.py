@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..nn import TokenState, pad_rows, row_positions, sequence_of_row
+from ..nn import TokenState, pad_rows, rank_patches, row_positions, sequence_of_row
 from ..ops import Matching, gather_tokens, merge_tokens, scatter_tokens, select_tokens
 from ._base import Reducer, register
 
@@ -121,19 +121,16 @@ class EViT(Reducer):
         left = math.ceil(self.keep[layer] * patches)
         if left == patches:
             return x, state
-        score = score[:, prefix:]
-        kept = _ranking(score)[:, :left]
-        front = torch.arange(prefix, device=x.device).expand(batch, -1)
-        order = torch.cat([front, kept + prefix], 1)
-        starts = torch.arange(batch, device=x.device)[:, None] * tokens
-        chosen = gather_tokens(x, (order + starts).flatten()).view(batch, prefix + left, -1)
+        order = rank_patches(score, prefix)[:, : prefix + left]
+        rows = order + torch.arange(0, batch * tokens, tokens, device=x.device)[:, None]
+        chosen = gather_tokens(x, rows.flatten().to(torch.int32)).view(batch, prefix + left, -1)
         if "parent" in state.carry:
-            stage = {f"kept.{layer}": kept.to(torch.int32), f"features.{layer}": x[:, prefix:]}
+            stage = {f"kept.{layer}": (order[:, prefix:] - prefix).to(torch.int32), f"features.{layer}": x[:, prefix:]}
             state = _follow(state, order, tokens, self.fuse_token).with_carry(**stage)
         state = _take(state, order, self.fuse_token)
         if self.fuse_token:
-            weights = score.scatter(1, kept, 0).to(x.dtype)
-            chosen = torch.cat([chosen, weights[:, None] @ x[:, prefix:]], 1)
+            weights = score.scatter(1, order, 0).to(x.dtype)
+            chosen = torch.cat([chosen, weights[:, None] @ x], 1)
         return chosen, state
 
     def _select_ragged(self, x, score, state, layer):
@@ -142,9 +139,8 @@ class EViT(Reducer):
         patches = (lengths - prefix).clamp(min=0)
         left = (patches.double() * self.keep[layer]).ceil().to(torch.int32)
         pruned = left < patches
-        position = row_positions(cu_seqlens, rows)
-        score = torch.where(position < prefix, math.inf, score)  # prefix tokens stay in front
-        ranked = _ranking(pad_rows(score, cu_seqlens, state.max_seqlen, -math.inf))
+        padded = pad_rows(score, cu_seqlens, state.max_seqlen, -math.inf)
+        ranked = rank_patches(padded.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf), prefix)
         column = torch.arange(state.max_seqlen + 1, device=x.device)
         ranked = torch.where(pruned[:, None], ranked, column[:-1])
         # One slot per image behind its kept tokens is for the fused token.
@@ -179,12 +175,6 @@ class EViT(Reducer):
         per_image = Matching(owner, owner, owner, owner, cu_seqlens.shape[0] - 1)
         sums = merge_tokens((x * weights.to(x.dtype)[:, None])[None], per_image, mode="sum")[0][0]
         return scatter_tokens(chosen, sums, target)
-
-
-def _ranking(score):
-    """Positions by descending score; ties and NaN in order of position, NaN last."""
-    score = score.detach()
-    return torch.where(score.isnan(), -math.inf, score).argsort(dim=1, descending=True, stable=True)
 
 
 def _take(state, order, fuse):

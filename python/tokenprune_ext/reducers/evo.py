@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..nn import TokenState, gather_norm, pad_rows, sequence_of_row
+from ..nn import TokenState, gather_norm, pad_rows, rank_patches, sequence_of_row
 from ..ops import Matching, TokenIndex, gather_tokens, merge_tokens, scatter_tokens, select_tokens
 from ._base import Reducer, register
 
@@ -35,7 +35,7 @@ class EvoViT(Reducer):
         fast_idle: plain layers behind the last pruned one make no scores; they are the model's own if nothing is pruned.
 
     ``carry["score"]`` (aligned with the tokens; what it says of prefix tokens is never read) is the running class
-    attention, ``carry["order"]`` (``[B, n]``) the patches in the order of the last sorting.
+    attention, ``carry["order"]`` (``[B, N]``) the tokens in the order of the last sorting, prefix first.
     """
 
     def __init__(
@@ -82,22 +82,9 @@ class EvoViT(Reducer):
             return run.idle(x, state) if idle else run(x, state)
         if "score" not in state.carry:
             raise ValueError(f"EvoViT: state.carry must hold 'score' in front of pruned layer {layer}, got none")
-        flat, score = x.flatten(0, -2), state.carry["score"].flatten()
-        count = flat.shape[0]
-        index, order, held_back = self._slow(score, x, state, layer)
-        rows = index.indices
-        summary = None if held_back is None else _summary(flat, score, rows, x, state)
-        tokens = flat if summary is None else torch.cat([flat, summary])
-        extra = tokens.shape[0] - count
-        inner = state.gathered(index, extra)
-        inner = inner.with_carry(rows=rows, score=torch.cat([score, score.new_zeros(extra)])[rows.long()])
-        y, after = run(tokens, inner)
-        if summary is not None:
-            x = self._spread(x, y, summary, index, held_back, state)
-            rows = torch.where(rows < count, rows, -1)  # the summaries themselves go nowhere
-        slots = torch.where(rows < 0, count, rows).long()
-        score = torch.cat([score, score.new_zeros(1)]).scatter(0, slots, after.carry["score"])[:count]
-        return scatter_tokens(x, y, rows), state.with_carry(score=score.view(x.shape[:-1]), order=order)
+        if state.uniform(x) and not self.summary:
+            return self._prune(x, state, layer, run)
+        return self._prune_any(x, state, layer, run)
 
     def attention(self, x: Tensor, state: TokenState, layer: int, branch) -> tuple[Tensor, TokenState]:
         """Attention with the residual, and the running class attention."""
@@ -109,9 +96,8 @@ class EvoViT(Reducer):
             y, score = branch.core(gather_norm(branch.norm, x, rows), state, "cls")
             x = gather_tokens(x, rows) + branch.scale(y, state)
         score = score if self.summary else score.detach()
-        share = self.tradeoff[layer]
         if "score" in state.carry:
-            score = (1 - share) * state.carry["score"] + share * score
+            score = torch.lerp(state.carry["score"].to(score.dtype), score, self.tradeoff[layer])
         return x, state.with_carry(score=score)
 
     def plan(self, depth: int, n: int) -> list[tuple[int, int]]:
@@ -124,75 +110,77 @@ class EvoViT(Reducer):
             counts.append((count, count))
         return counts
 
-    def _slow(self, score, x, state, layer):
-        """Rows of the slow path; the patches in order of their score; which images hold patches back (summary only).
+    def _prune(self, x, state, layer, run):
+        """A pruned layer for images of the same length, without summary tokens: few and small steps."""
+        batch, tokens = (state.cu_seqlens.shape[0] - 1, state.max_seqlen) if state.packed else x.shape[:2]
+        count = state.num_prefix + math.floor((tokens - state.num_prefix) * self.ratio[layer])
+        score = state.carry["score"].view(batch, tokens)
+        order = rank_patches(score, state.num_prefix)
+        chosen = order[:, :count]
+        rows = (chosen + torch.arange(0, batch * tokens, tokens, device=x.device)[:, None]).flatten().to(torch.int32)
+        cu_seqlens = torch.arange(0, batch * count + 1, count, dtype=torch.int32, device=x.device)
+        inner = state.gathered(TokenIndex(rows, cu_seqlens, count), rows=rows, score=score.gather(1, chosen).flatten())
+        y, after = run(x.flatten(0, -2), inner)
+        score = score.scatter(1, chosen, after.carry["score"].view(batch, count)).view(x.shape[:-1])
+        return scatter_tokens(x, y, rows), state.with_carry(score=score, order=order)
+
+    def _prune_any(self, x, state, layer, run):
+        """A pruned layer for packed images of any length, and for summary tokens.
 
         The row of image b's summary token is the number of tokens plus b.
         """
-        prefix, device = state.num_prefix, score.device
-        if not state.uniform(x):
-            return self._slow_ragged(score, state, layer)
-        batch, tokens = (state.cu_seqlens.shape[0] - 1, state.max_seqlen) if state.packed else x.shape[:2]
-        slow = math.floor((tokens - prefix) * self.ratio[layer])
-        order = _ranking(score.view(batch, tokens)[:, prefix:])
-        starts = torch.arange(batch, device=device)[:, None]
-        front = torch.arange(prefix, device=device).expand(batch, -1)
-        rows = torch.cat([front, order[:, :slow] + prefix], 1) + starts * tokens
-        held_back = None
-        if self.summary and slow < tokens - prefix:
-            rows = torch.cat([rows, starts + score.shape[0]], 1)
-            held_back = torch.ones(batch, dtype=torch.bool, device=device)
-        count = rows.shape[1]
-        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * count
-        return TokenIndex(rows.flatten().to(torch.int32), cu_seqlens, count), order, held_back
+        packed_x, packed = state.as_packed(x)
+        count, score = packed_x.shape[0], state.carry["score"].flatten()
+        index, order, held_back = self._slow(score, packed, layer)
+        rows, tokens, extra = index.indices, packed_x, 0
+        if self.summary:
+            summary = _summary(packed_x, score, rows, packed)
+            tokens, extra = torch.cat([packed_x, summary]), summary.shape[0]
+        old = torch.cat([score, score.new_zeros(extra)])[rows.long()]
+        y, after = run(tokens, packed.gathered(index, extra, rows=rows, score=old))
+        if self.summary:
+            last = index.cu_seqlens[1:].long() - 1
+            update = torch.where(held_back[:, None], y[last] - summary, 0)
+            packed_x = packed_x + update[sequence_of_row(packed.cu_seqlens, count)]
+            rows = torch.where(rows < count, rows, -1)  # the summaries themselves go nowhere
+        slots = torch.where(rows < 0, count, rows).long()
+        score = torch.cat([score, score.new_zeros(1)]).scatter(0, slots, after.carry["score"])[:count]
+        carry = {"score": score.view(x.shape[:-1]), "order": order}
+        return scatter_tokens(packed_x, y, rows).view(x.shape), state.with_carry(**carry)
 
-    def _slow_ragged(self, score, state, layer):
+    def _slow(self, score, state, layer):
+        """Rows of the slow path; the tokens in the order of their score; which images hold patches back."""
         cu_seqlens, prefix, longest = state.cu_seqlens, state.num_prefix, state.max_seqlen
-        patches = (cu_seqlens.diff() - prefix).clamp(min=0)
+        lengths, device = cu_seqlens.diff(), score.device
+        patches = (lengths - prefix).clamp(min=0)
         slow = (patches.double() * self.ratio[layer]).floor().to(torch.int32)
-        held_back = (slow < patches) if self.summary else None
-        padded = pad_rows(score, cu_seqlens, longest, -math.inf)[:, prefix:]
-        column = torch.arange(longest - prefix, dtype=torch.int32, device=score.device)
-        # An -inf score of a real patch ties with the padding: real patches come first, being in front.
-        order = _ranking(padded)
-        chosen = torch.zeros_like(padded, dtype=torch.bool).scatter(1, order, column < slow[:, None])
-        front = torch.arange(prefix, device=score.device) < cu_seqlens.diff()[:, None]
-        last = torch.zeros_like(slow, dtype=torch.bool) if held_back is None else held_back
-        slots = select_tokens(torch.cat([front, chosen, last[:, None]], 1))
-        place = torch.arange(longest + 1, dtype=torch.int32, device=score.device)
-        rows = cu_seqlens[:-1, None] + place
-        rows[:, longest] = score.shape[0] + torch.arange(rows.shape[0], dtype=torch.int32, device=score.device)
+        # What is no token ties with the worst score and comes behind it, being behind the end.
+        padded = pad_rows(score, cu_seqlens, longest, -math.inf)
+        order = rank_patches(padded.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf), prefix)
+        column = torch.arange(longest, dtype=torch.int32, device=device)
+        first = column < torch.minimum(lengths, prefix + slow)[:, None]
+        chosen = torch.zeros_like(first).scatter(1, order, first)
+        held_back = (slow < patches) & self.summary
+        slots = select_tokens(torch.cat([chosen, held_back[:, None]], 1))
+        places = torch.cat(
+            [
+                cu_seqlens[:-1, None] + column,
+                score.shape[0] + torch.arange(lengths.shape[0], dtype=torch.int32, device=device)[:, None],
+            ],
+            1,
+        )
         bound = prefix + math.floor((longest - prefix) * self.ratio[layer]) + int(self.summary)
-        return TokenIndex(rows.flatten()[slots.indices.long()], slots.cu_seqlens, bound), order, held_back
-
-    def _spread(self, x, y, summary, index, held_back, state):
-        """The residual updates of the summary tokens, added to all tokens of their images."""
-        last = index.cu_seqlens[1:].long() - 1
-        update = torch.where(held_back[:, None], y[last] - summary, 0)
-        if state.packed:
-            return x + update[sequence_of_row(state.cu_seqlens, x.shape[0])]
-        return x + update[:, None]
+        return TokenIndex(places.flatten()[slots.indices.long()], slots.cu_seqlens, bound), order, held_back
 
 
-def _ranking(score):
-    """Patches by descending score; ties and NaN in order of position, NaN last."""
-    score = score.detach()
-    return torch.where(score.isnan(), -math.inf, score).argsort(dim=1, descending=True, stable=True)
-
-
-def _summary(flat, score, slow, x, state):
+def _summary(x, score, slow, state):
     """Mean of each image's placeholders, weighted with their scores: ``[B, C]``."""
-    kept = torch.where(slow < score.shape[0], slow, score.shape[0]).long()
+    count, images = x.shape[0], state.cu_seqlens.shape[0] - 1
+    kept = torch.where(slow < count, slow, count).long()
     weight = torch.cat([score, score.new_zeros(1)]).scatter(0, kept, 0.0)[:-1]
-    tiny = torch.finfo(weight.dtype).tiny
-    if not state.packed:
-        weight = weight.view(x.shape[:2])
-        weight = weight / weight.sum(1, keepdim=True).clamp(min=tiny)
-        return (weight.to(x.dtype)[:, None] @ x)[:, 0]
-    owner = sequence_of_row(state.cu_seqlens, x.shape[0])
-    images = state.cu_seqlens.shape[0] - 1
+    owner = sequence_of_row(state.cu_seqlens, count)
     total = weight.new_zeros(images).scatter_add(0, owner, weight)
-    weight = weight / total.clamp(min=tiny)[owner]
+    weight = weight / total.clamp(min=torch.finfo(weight.dtype).tiny)[owner]
     parent = owner.to(torch.int32)[None]
     per_image = Matching(parent, parent, parent, parent, images)
-    return merge_tokens((flat * weight.to(x.dtype)[:, None])[None], per_image, mode="sum")[0][0]
+    return merge_tokens((x * weight.to(x.dtype)[:, None])[None], per_image, mode="sum")[0][0]

@@ -245,7 +245,7 @@ class ScoreSelect(Reducer):
     def _gathered(self, x, state, chosen, layer, run):
         index = self._index(chosen, state, layer)
         rows = index.indices
-        y, _ = run(x, state.gathered(index).with_carry(rows=rows))
+        y, _ = run(x, state.gathered(index, rows=rows))
         return scatter_tokens(x, y, rows)
 
     def _index(self, chosen, state, layer):
