@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """SMYRF against the formulas of its paper, written out plainly."""
 
-import itertools
 import math
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def clusters_of_rows(order, size, other):
         for r, row in enumerate(rows):
             parts = max(math.ceil(len(row) / size), math.ceil(other[0] / other[1]), 1)
             bounds = [i * len(row) // parts for i in range(parts + 1)]
-            clusters += [[(rd, r, n) for n in row[a:b]] for a, b in itertools.pairwise(bounds)]
+            clusters += [[(rd, r, n) for n in row[a:b]] for a, b in pairwise(bounds)]
     return clusters
 
 
