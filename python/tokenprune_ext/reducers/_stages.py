@@ -54,6 +54,11 @@ class StagedPruning(Reducer):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
+    @property
+    def active(self) -> bool:
+        """Whether there is any selector."""
+        return bool(self.layers)
+
     def begin(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
         """Everything is kept; the noise of sampled gates is drawn, except where it is given."""
         if not self.layers:
@@ -92,7 +97,7 @@ class StagedPruning(Reducer):
             x, state = stage(x, state, layer)
         if "policy" in state.carry or not self.fast_idle:
             return run(x, state)
-        return run.original(x, state)
+        return run.idle(x, state)
 
     def attention(self, x: Tensor, state: TokenState, layer: int, branch) -> tuple[Tensor, TokenState]:
         """Under the key policy, when there is one."""

@@ -46,7 +46,7 @@ class SPViT(StagedPruning):
         generator: random generator of the noise.
         num_prefix: leading tokens that are no patches; they always stay. The state's number wins while running.
         class_token: whether the first token is a class token, which the method needs.
-        fast_idle: run the model's own block where all its tokens count.
+        fast_idle: blocks without a key policy run as plain ones, the model's own if there is no selector.
 
     Noise of layer ``l`` can be given as ``state.carry["noise.l"]``, Gumbel ``[B, n, 2]`` (keep, drop) in the order of the
     original patches; entries behind them, which the published code draws for package tokens, change nothing. Keep masks

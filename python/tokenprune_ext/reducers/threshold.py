@@ -70,7 +70,7 @@ class ScoreSelect(Reducer):
         ratio_per_sample: ratio loss per image instead of per batch.
         num_prefix: leading tokens that are no patches, for ``plan``. The state's number wins while running.
         class_token: whether the first token is a class token, which ``"cls"`` needs.
-        fast_idle: other layers run the model's own block.
+        fast_idle: other layers run as plain blocks, the model's own ones if no layer selects.
         dense: compute masked instead of gathered; default: while training, and whenever the decision needs a gradient.
         tau: temperature of the sampled decisions' gradient.
 
@@ -118,6 +118,11 @@ class ScoreSelect(Reducer):
             raise ValueError("ScoreSelect: selector 'cls' needs a class token, and the model has none")
         self.selectors = _selectors(selector, layers, embed_dim)
 
+    @property
+    def active(self) -> bool:
+        """Whether any layer selects."""
+        return bool(self.layers)
+
     def begin(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
         """Draw the sampling noise of all layers, except where it is given."""
         if not self._sampled():
@@ -134,7 +139,7 @@ class ScoreSelect(Reducer):
         """Decide; then the chosen tokens pass the block and the others stay as they are."""
         gate = self._gate_of(layer)
         if gate is None:
-            return run.original(x, state) if self.fast_idle else run(x, state)
+            return run.idle(x, state) if self.fast_idle else run(x, state)
         decision = self._decide(x, state, layer)
         after = state.with_carry(**{f"decisions.{layer}": decision})
         dense = self.training or decision.requires_grad if self.dense is None else self.dense
