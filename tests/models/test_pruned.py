@@ -4,7 +4,7 @@
 import pytest
 import timm
 import torch
-from tokenprune_ext import _library, create_model, features, list_models, trace
+from tokenprune_ext import _library, create_model, features, list_models, patch, patched, trace
 from torch import nn
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 3, "num_classes": 5}
@@ -96,6 +96,53 @@ def test_compiled_model(name):
         for batch in (2, 3, 5):
             more = images[:1].expand(batch, -1, -1, -1) + torch.arange(batch).view(-1, 1, 1, 1) / 4
             torch.testing.assert_close(compiled(more), model(more))
+
+
+FAMILIES = {
+    "distilled": ("deit_tiny_distilled_patch16_224", {}),
+    "layer scale": ("deit3_small_patch16_224", {}),
+    "registers": ("vit_small_patch14_reg4_dinov2", {}),
+    "pre-norm": ("vit_base_patch16_clip_224", {}),
+    "qk norm": ("deit_tiny_patch16_224", {"qk_norm": True}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_transformers_of_timm(family):
+    """Everything kept is the identity in each family; prefix tokens stay in front; gathered is masked."""
+    name, options = FAMILIES[family]
+    torch.manual_seed(0)
+    size = 56 if "patch14" in name else 64
+    model = timm.create_model(name, img_size=size, depth=3, embed_dim=24, num_heads=3, num_classes=5, **options).eval()
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        expected = model(images)
+        for masked in (False, True):
+            with patched(model, "dynamicvit", keep=1.0, layers=[1], dense=masked, fast_idle=False):
+                torch.testing.assert_close(model(images), expected, atol=2e-5, rtol=1e-4)
+        for method, setting in (("spvit", {}), ("dynamicvit", {"keep": 0.5})):
+            torch.manual_seed(1)
+            with patched(model, method, layers=[1, 2], **setting):
+                for linear in (m for m in model.token_reducer.modules() if isinstance(m, nn.Linear)):
+                    nn.init.normal_(linear.weight, std=0.5)
+                gathered = model(images)
+                for step in trace(model, images):
+                    assert torch.equal(step.parent[:, : model.num_prefix_tokens], _front(model))
+                model.token_reducer.dense = True
+                torch.testing.assert_close(model(images), gathered, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(model(images), expected)
+
+
+def _front(model):
+    return torch.arange(model.num_prefix_tokens, dtype=torch.int32).expand(2, -1)
+
+
+def test_other_classifiers_are_refused():
+    for options in ({"global_pool": "avg"}, {"global_pool": "avg", "class_token": False}, {"global_pool": "map"}):
+        model = timm.create_model("deit_tiny_patch16_224", depth=4, **options)
+        for method in ("spvit", "dynamicvit"):
+            with pytest.raises(ValueError, match="must read the class token"):
+                patch(model, method)
 
 
 def test_wrong_options():

@@ -144,7 +144,7 @@ def test_restore():
         ({"keep": [0.5, 0.6, 0.4]}, "must not rise"),
         ({"keep": [0.5]}, "3 rates"),
         ({"layers": [1, 1]}, "layers must rise"),
-        ({"class_token": False}, "class token"),
+        ({"pooling": "avg"}, "class token"),
     ],
 )
 def test_wrong_options(options, message):

@@ -273,7 +273,7 @@ def test_one_token_at_batch_one():
         ({"eps": -1.0}, "eps must be"),
         ({"num_heads": 5}, "even number"),
         ({"num_heads": 1}, "at least 2"),
-        ({"class_token": False}, "class token"),
+        ({"pooling": "avg"}, "class token"),
     ],
 )
 def test_wrong_options(options, message):

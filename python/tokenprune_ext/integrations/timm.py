@@ -49,6 +49,7 @@ def facts(model: nn.Module) -> dict:
         "num_prefix": model.num_prefix_tokens,
         "class_token": model.cls_token is not None,
         "distill_token": getattr(model, "dist_token", None) is not None,
+        "pooling": model.global_pool,
     }
 
 

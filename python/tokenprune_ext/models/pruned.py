@@ -30,7 +30,7 @@ from .lvvit import LVViT
 __all__: list[str] = []
 
 # What a reducer learns from the model, not from the caller.
-_FACTS = {"depth", "embed_dim", "num_heads", "num_prefix", "class_token"}
+_FACTS = {"depth", "embed_dim", "num_heads", "num_prefix", "class_token", "pooling"}
 # Keywords of the published scripts -> options of the reducers.
 _KEYWORDS = {
     "base_rate": "keep",

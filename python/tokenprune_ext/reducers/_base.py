@@ -20,7 +20,8 @@ class Reducer(nn.Module):
     nothing is changed in place. Learned gates are parameters of the reducer.
 
     A constructor takes keywords only. It may name facts of the model it will serve, which are then filled in by
-    ``create``: ``depth``, ``embed_dim``, ``num_heads``, ``num_prefix``, ``class_token``, ``distill_token``.
+    ``create``: ``depth``, ``embed_dim``, ``num_heads``, ``num_prefix``, ``class_token``, ``distill_token``,
+    ``pooling`` (what the classifier reads: "token", "avg", ...).
     """
 
     restore_at = "features"

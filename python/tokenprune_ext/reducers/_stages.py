@@ -35,11 +35,13 @@ class StagedPruning(Reducer):
     """
 
     def __init__(
-        self, *, name, depth, layers, keep, selectors, mode, eps, dense, generator, num_prefix, class_token, fast_idle
+        self, *, name, depth, layers, keep, selectors, mode, eps, dense, generator, num_prefix, pooling, fast_idle
     ):
         super().__init__()
-        if not class_token:
-            raise ValueError(f"{name}: the model must have a class token (it is what the classifier reads), got none")
+        if pooling != "token":
+            raise ValueError(
+                f"{name}: the model's classifier must read the class token (pooling 'token'), got pooling {pooling!r}"
+            )
         if not all(0 <= layer < depth for layer in layers) or sorted(set(layers)) != list(layers):
             raise ValueError(f"{name}: layers must rise and lie in [0, {depth}), got {layers}")
         if eps < 0:

@@ -33,7 +33,7 @@ class DynamicViT(StagedPruning):
         dense: compute masked instead of gathered; default: while training.
         generator: random generator of the noise.
         num_prefix: leading tokens that are no patches; they always stay. The state's number wins while running.
-        class_token: whether the first token is a class token, which the method needs.
+        pooling: what the model's classifier reads, which must be the class token.
         fast_idle: blocks without a key policy run as plain ones, the model's own if there is no selector.
 
     Training noise of layer ``l`` can be given as ``state.carry["noise.l"]``, Gumbel ``[B, n, 2]`` (keep, drop). Keep
@@ -52,7 +52,7 @@ class DynamicViT(StagedPruning):
         dense: bool | None = None,
         generator: torch.Generator | None = None,
         num_prefix: int = 1,
-        class_token: bool = True,
+        pooling: str = "token",
         fast_idle: bool = True,
     ):
         layers = sorted({depth // 4, depth // 2, 3 * depth // 4}) if layers is None else layers
@@ -67,7 +67,7 @@ class DynamicViT(StagedPruning):
             dense=dense,
             generator=generator,
             num_prefix=num_prefix,
-            class_token=class_token,
+            pooling=pooling,
             fast_idle=fast_idle,
         )
         self.ratio_per_sample = ratio_per_sample
