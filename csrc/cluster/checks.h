@@ -131,7 +131,7 @@ struct ReconstructCall {
     check_size(op, "grad", g, 1, p.tokens);
     check_size(op, "grad", g, 2, p.width);
     grad = as_contiguous(g);
-    p.grad = grad->const_data_ptr();
+    p.grad = grad->const_data_ptr(), p.backward = true;
   }
 
   void check_rows(const char* op, const char* name, const Tensor& t) const {

@@ -37,14 +37,14 @@ struct ReconstructSpace {
     units = ceil_div(p.channels, kPer), padded = round_up(p.clusters, kLanes<U>);
     width = round_up(p.width, kLanes<C>);
     dense = p.out != nullptr && 4 * p.k >= p.clusters;
-    entries = p.grad == nullptr ? 0 : p.tokens * p.clusters;
+    entries = !p.backward ? 0 : p.tokens * p.clusters;
     Arena a{shared};
     panels = a.take<U>(padded * units);
     mean = a.take<C>(p.channels + kLanes<C>);
     norms = a.take<C>(padded);
     values = a.take<C>(dense ? p.clusters * width : 0);
-    counts = a.take<int32_t>(p.grad == nullptr ? 0 : p.tokens);
-    offsets = a.take<int32_t>(p.grad == nullptr ? 0 : p.clusters + 1);
+    counts = a.take<int32_t>(!p.backward ? 0 : p.tokens);
+    offsets = a.take<int32_t>(!p.backward ? 0 : p.clusters + 1);
     kept = a.take<int32_t>(entries), where = a.take<int32_t>(entries);
     weight = a.take<C>(entries), grad_distance = a.take<C>(entries);
     shared_bytes = a.next - shared;

@@ -43,8 +43,8 @@ struct ReconstructParams {
   bool l1 = false;
   void* out = nullptr;         // [batch, tokens, width]
   int64_t* nearest = nullptr;  // nearest_centers: [batch, tokens]
-  // Backward; all contiguous and of the values' dtype.
-  const void* grad = nullptr;                                                      // [batch, tokens, width]
+  bool backward = false;       // the rest; all contiguous and of the values' dtype
+  const void* grad = nullptr;  // [batch, tokens, width]
   void *grad_features = nullptr, *grad_centers = nullptr, *grad_values = nullptr;  // like features, centers, values
 };
 
