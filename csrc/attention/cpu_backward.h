@@ -16,14 +16,13 @@ inline int64_t backward_scratch_bytes(const AttentionParams& p) {
 template <typename C>
 void strip_probabilities(const C* q, const C* keys, const C* bias, const C* lse, C factor, int64_t rows, int64_t padded,
                          int64_t dim, C* scores) {
-  Gemm<C>::panels(q, dim, keys, scores, padded, rows, padded, dim);
+  Gemm<C>::panels(q, dim, keys, scores, padded, rows, padded, dim, Logits<C>(factor, bias, rows));
   for (int64_t r = 0; r < rows; ++r) {
     C* s = scores + r * padded;
     if (lse[r] == kNegInf<C>) {
       __builtin_memset(s, 0, padded * sizeof(C));
       continue;
     }
-    scale_and_max(s, bias, factor, padded);
     exp_and_sum(s, static_cast<C>(lse[r] * C(kLog2E)), padded, s);
   }
 }
@@ -129,7 +128,8 @@ void backward_item(const AttentionParams& p, int64_t item, char* scratch) {
     const int64_t rows = span.nq - begin < kStrip ? span.nq - begin : kStrip;
     pack_rows(rows_q, begin, rows, dim, width, q);
     // panels() wants the rows of A dense in k; width >= dim keeps the tail zero, so k = dim with row stride width.
-    Gemm<C>::panels(q, width, keys_t, scores, padded, rows, padded, dim);
+    Gemm<C>::panels(q, width, keys_t, scores, padded, rows, padded, dim,
+                    Logits<C>(static_cast<C>(p.scale * kLog2E), bias, rows));
     if (values) {
       pack_rows(rows_go, begin, rows, dim, width, grad_out);
       pack_rows(rows_out, begin, rows, dim, width, out);
@@ -142,7 +142,6 @@ void backward_item(const AttentionParams& p, int64_t item, char* scratch) {
         __builtin_memset(g, 0, padded * sizeof(C));
         continue;
       }
-      scale_and_max(s, bias, static_cast<C>(p.scale * kLog2E), padded);
       exp_and_sum(s, static_cast<C>(lse[begin + r] * C(kLog2E)), padded, s);
       C shift = grad_lse == nullptr ? C(0) : grad_lse[begin + r];
       if (values) {

@@ -70,10 +70,12 @@ struct ForwardStrip {
   // One key block of `n` keys starting at `begin` (a multiple of the panel width).
   void step(int64_t rows, int64_t begin, int64_t n, C factor, C* cls_row) {
     const int64_t padded = round_up(n, kLanes<U>), ld = plan.stride;
-    Gemm<U>::panels(queries, plan.dim_units, keys + begin * plan.dim_units, scores, ld, rows, padded, plan.dim_units);
+    const Logits<C> logits(factor, bias + begin, rows);
+    Gemm<U>::panels(queries, plan.dim_units, keys + begin * plan.dim_units, scores, ld, rows, padded, plan.dim_units,
+                    logits);
     for (int64_t r = 0; r < rows; ++r) {
       C* s = scores + r * ld;
-      const C best = scale_and_max(s, bias + begin, factor, padded);
+      const C best = logits.max(r);
       if (r == 0 && cls_row != nullptr) {
         for (int64_t j = 0; j < n; ++j) cls_row[begin + j] = s[j];
       }

@@ -25,9 +25,10 @@ RowView<T> policy_rows(const Rows& rows, int64_t batch_stride, int64_t image, in
 template <typename C>
 void policy_exponentials(const C* q, int64_t q_stride, const C* keys, const C* pad, C factor, int64_t rows,
                          int64_t padded, int64_t dim, C* e, C* row_max) {
-  Gemm<C>::panels(q, q_stride, keys, e, padded, rows, padded, dim);
+  const Logits<C> logits(factor, pad, rows);
+  Gemm<C>::panels(q, q_stride, keys, e, padded, rows, padded, dim, logits);
   for (int64_t r = 0; r < rows; ++r) {
-    row_max[r] = scale_and_max(e + r * padded, pad, factor, padded);
+    row_max[r] = logits.max(r);
     exp_and_sum(e + r * padded, row_max[r], padded, e + r * padded);
   }
 }

@@ -30,14 +30,21 @@ struct Dot<uint32_t> {
 constexpr bool kHasBFloat16Dot = false;
 #endif
 
+// What happens to a row of finished accumulators before it is stored: nothing.
+struct StoreOnly {
+  template <int V, typename Acc>
+  void row(int64_t, int64_t, Vec<Acc>*) const {}
+};
+
 template <typename Unit>
 struct Gemm {
   using Acc = typename Dot<Unit>::Acc;
   static constexpr int kW = kLanes<Unit>;
 
-  template <int R, int V>
+  // `last` sees every row while it is in registers: last.row<V>(row of the tile's first + r, column, accumulators).
+  template <int R, int V, typename Last = StoreOnly>
   static void tile(const Unit* a, int64_t a_row, int64_t a_k, const Unit* b, int64_t ldb, Acc* c, int64_t ldc,
-                   int64_t k, bool accumulate) {
+                   int64_t k, bool accumulate, const Last& last, int64_t row, int64_t column) {
     Vec<Acc> acc[R][V];
     TP_UNROLL for (int r = 0; r < R; ++r) {
       TP_UNROLL for (int v = 0; v < V; ++v) acc[r][v] = accumulate ? load(c + r * ldc + v * kW) : Vec<Acc>{};
@@ -51,23 +58,28 @@ struct Gemm {
       }
     }
     TP_UNROLL for (int r = 0; r < R; ++r) {
+      last.template row<V, Acc>(row + r, column, acc[r]);
       TP_UNROLL for (int v = 0; v < V; ++v) store(c + r * ldc + v * kW, acc[r][v]);
     }
   }
 
-  using Tile = void (*)(const Unit*, int64_t, int64_t, const Unit*, int64_t, Acc*, int64_t, int64_t, bool);
+  template <typename Last>
+  using Tile = void (*)(const Unit*, int64_t, int64_t, const Unit*, int64_t, Acc*, int64_t, int64_t, bool, const Last&,
+                        int64_t, int64_t);
 
-  template <int V>
-  static Tile pick_rows(int64_t rows) {
-    static constexpr Tile tiles[] = {tile<1, V>, tile<2, V>, tile<3, V>, tile<4, V>, tile<5, V>, tile<6, V>};
+  template <int V, typename Last>
+  static Tile<Last> pick_rows(int64_t rows) {
+    static constexpr Tile<Last> tiles[] = {tile<1, V, Last>, tile<2, V, Last>, tile<3, V, Last>,
+                                           tile<4, V, Last>, tile<5, V, Last>, tile<6, V, Last>};
     return tiles[rows - 1];
   }
-  static Tile pick(int64_t rows, int64_t vecs) {
+  template <typename Last = StoreOnly>
+  static Tile<Last> pick(int64_t rows, int64_t vecs) {
     if constexpr (kTileVecs == 4) {
-      if (vecs == 4) return pick_rows<4>(rows);
-      if (vecs == 3) return pick_rows<3>(rows);
+      if (vecs == 4) return pick_rows<4, Last>(rows);
+      if (vecs == 3) return pick_rows<3, Last>(rows);
     }
-    return vecs == 2 ? pick_rows<2>(rows) : pick_rows<1>(rows);
+    return vecs == 2 ? pick_rows<2, Last>(rows) : pick_rows<1, Last>(rows);
   }
 
   // B row-major with row stride ldb; n a multiple of the vector width.
@@ -77,19 +89,21 @@ struct Gemm {
       const int64_t vecs = (n - j < kTileVecs * kW ? n - j : kTileVecs * kW) / kW;
       for (int64_t i = 0; i < m; i += kTileRows) {
         const int64_t r = m - i < kTileRows ? m - i : kTileRows;
-        pick(r, vecs)(a + i * a_row, a_row, a_k, b + j, ldb, c + i * ldc + j, ldc, k, accumulate);
+        pick(r, vecs)(a + i * a_row, a_row, a_k, b + j, ldb, c + i * ldc + j, ldc, k, accumulate, {}, i, j);
       }
     }
   }
 
   // B in column panels of kTileVecs vectors (the last one narrower), each contiguous [k, width]; see pack_columns.
-  static void panels(const Unit* a, int64_t a_row, const Unit* b, Acc* c, int64_t ldc, int64_t m, int64_t n,
-                     int64_t k) {
+  template <typename Last = StoreOnly>
+  static void panels(const Unit* a, int64_t a_row, const Unit* b, Acc* c, int64_t ldc, int64_t m, int64_t n, int64_t k,
+                     const Last& last = {}) {
     for (int64_t j = 0; j < n; j += kTileVecs * kW) {
       const int64_t width = n - j < kTileVecs * kW ? n - j : kTileVecs * kW;
       for (int64_t i = 0; i < m; i += kTileRows) {
         const int64_t r = m - i < kTileRows ? m - i : kTileRows;
-        pick(r, width / kW)(a + i * a_row, a_row, 1, b + j * k, width, c + i * ldc + j, ldc, k, false);
+        pick<Last>(r, width / kW)(a + i * a_row, a_row, 1, b + j * k, width, c + i * ldc + j, ldc, k, false, last, i,
+                                  j);
       }
     }
   }

@@ -195,7 +195,7 @@ void linear_item(const PackedLinearParams& p, int64_t item, int64_t chunks, char
     for (int64_t i = 0; i < rows; i += kTileRows) {
       const int64_t r = rows - i < kTileRows ? rows - i : kTileRows;
       Gemm<U>::pick(r, padded / kLanes<U>)(input + i * stride, stride, 1, weights + j * k, padded,
-                                           block + i * kPanel<T>, kPanel<T>, k, false);
+                                           block + i * kPanel<T>, kPanel<T>, k, false, {}, i, j);
     }
     finish<T>(p, begin, rows, j, width, block);
   }
