@@ -10,12 +10,13 @@ using Optional = std::optional<Tensor>;
 using List = std::vector<int64_t>;
 
 Tensor forward(DeformCall& call) {
-  check_deform_sizes(call);
   const Launcher launch(call.like);
   const Tensor levels = new_level_workspace(call);
   Tensor out = call.new_out();
-  visit_floating_cuda(call.op, call.dtype,
-                      [&]<typename T>() { launch_deform<T>(launch, call.p, mutable_data<int64_t>(levels)); });
+  visit_floating_cuda(call.op, call.dtype, [&]<typename T>() {
+    check_deform_sizes<T>(call);
+    launch_deform<T>(launch, call.p, mutable_data<int64_t>(levels));
+  });
   return out;
 }
 

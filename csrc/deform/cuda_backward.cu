@@ -45,13 +45,13 @@ struct ListTensors {
 
 void backward(DeformCall& call) {
   const DeformParams& p = call.p;
-  check_deform_sizes(call);
   TP_CHECK(p.levels * p.points == 0 || p.queries <= INT32_MAX / (p.levels * p.points), call.op,
            "queries * levels * points must be below 2^31 on CUDA, got ", p.queries, " * ", p.levels, " * ", p.points);
   const Launcher launch(call.like);
   const Tensor levels = new_level_workspace(call);
   const ListTensors tensors(call);
   visit_floating_cuda(call.op, call.dtype, [&]<typename T>() {
+    check_deform_sizes<T>(call);
     launch_deform_backward<T>(launch, p, tensors.pointers<Acc<T>>(p.grad_reference != nullptr),
                               mutable_data<int64_t>(levels));
   });

@@ -4,17 +4,19 @@
 
 #include "../common/launch.h"
 #include "checks.h"
-#include "kernel.cuh"
+#include "kernel_points.cuh"
 
 namespace tokenprune {
 
-// The kernels multiply rows by 32-bit strides. Only a permuted view of a huge tensor has a longer one: it is copied.
+// The kernels count places within an image in 32 bits. Only a permuted view of a huge tensor needs more without being
+// huge itself: it is copied.
 inline Tensor narrow_rows(const Tensor& value) {
-  const bool wide = value.dim() == 4 && value.stride(1) > UINT32_MAX / value.element_size();
-  return wide ? torch::stable::contiguous(value) : value;
+  const bool wide = value.dim() == 4 && value.size(1) > 0 && value.stride(1) > UINT32_MAX / value.size(1);
+  return wide && !value.is_contiguous() ? torch::stable::contiguous(value) : value;
 }
 
-// Rows, queries and points of a pair are 32-bit numbers in the kernels; offsets are not.
+// Rows, queries and points are 32-bit numbers in the kernels; offsets into the tensors are not.
+template <typename T>
 inline void check_deform_sizes(const DeformCall& call) {
   constexpr int64_t kMost = int64_t{1} << 30;
   const DeformParams& p = call.p;
@@ -24,6 +26,10 @@ inline void check_deform_sizes(const DeformCall& call) {
            p.levels);
   TP_CHECK(p.points <= kMost / kMostLevels, call.op, "there must be at most ", kMost / kMostLevels,
            " points per level on CUDA, got ", p.points);
+  TP_CHECK(p.heads <= INT32_MAX && p.batch <= INT32_MAX / (p.heads > 0 ? p.heads : 1), call.op,
+           "batch * heads must be below 2^31 on CUDA, got ", p.batch, " * ", p.heads);
+  TP_CHECK(value_places_fit<T>(p), call.op, "an image of value is too large for CUDA, got ", p.tokens,
+           " rows at a stride of ", p.value_token);
 }
 
 inline Tensor new_level_workspace(const DeformCall& call) {

@@ -1,325 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
-// CUDA kernel of multi-scale deformable attention, and what its backward (kernel_backward.cuh) shares with it.
-//
-// A pair (query, head) belongs to 2^log_lanes neighbouring lanes of one warp, each with 16 bytes of the channels. First
-// these lanes turn the pair's points into four corner weights and four rows each, in shared memory (softmax and
-// location arithmetic happen once per pair); then every lane walks over the points with four 16-byte loads. More than
-// kMostChunk points are handled in chunks, so any number of them fits.
+// CUDA kernel of multi-scale deformable attention, forward.
 #pragma once
 
-#include <cmath>
-
-#include "../common/cuda.h"
-#include "../common/rows.cuh"
-#include "math.h"
-#include "params.h"
+#include "kernel_points.cuh"
 
 namespace tokenprune {
 
-constexpr int kMostChunk = 16;     // points of a pair in shared memory at a time
-constexpr int kTileRows = 8;       // height of a tile of queries
-constexpr int kLevelArgs = 8;      // levels from the host that travel as a kernel argument
-constexpr int kMostLevels = 1024;  // levels that fit beside the points in shared memory
-constexpr int64_t kMostGridY = 65535;
-
-// ---- levels
-
-// From the host (shapes is null), or in device memory.
-struct LevelArgs {
-  Level level[kLevelArgs];
-  const int64_t *shapes = nullptr, *starts = nullptr;
-};
-
-struct alignas(16) LevelBox {  // in shared memory; 0 x 0 when the level does not lie within the tokens
-  int32_t height, width, start, unused;
-};
-
-__device__ __forceinline__ void load_levels(const DeformParams& p, const LevelArgs& args, LevelBox* boxes) {
-  for (int64_t l = threadIdx.x; l < p.levels; l += blockDim.x) {
-    Level level;
-    if (args.shapes != nullptr) {
-      level.height = args.shapes[2 * l], level.width = args.shapes[2 * l + 1], level.start = args.starts[l];
-    } else {
-      level = args.level[l];
-    }
-    LevelBox box{};
-    if (level_fits(level.height, level.width, level.start, p.tokens)) {
-      box.height = static_cast<int32_t>(level.height), box.width = static_cast<int32_t>(level.width);
-      box.start = static_cast<int32_t>(level.start);
-    }
-    boxes[l] = box;
-  }
-  __syncthreads();
-}
-
-// More levels than kLevelArgs go to device memory first, by launches that carry them: a captured graph keeps them.
-template <int Block>
-__global__ void __launch_bounds__(Block, 1) store_levels(LevelArgs args, int64_t* shapes, int64_t* starts, int count) {
-  for (int l = threadIdx.x; l < count; l += Block) {
-    shapes[2 * l] = args.level[l].height, shapes[2 * l + 1] = args.level[l].width, starts[l] = args.level[l].start;
-  }
-}
-
-// Workspace, used by more than kLevelArgs levels of the host only: 3 * levels numbers.
-template <typename Launch>
-LevelArgs level_args(const Launch& launch, const DeformParams& p, int64_t* workspace) {
-  LevelArgs args;
-  args.shapes = p.shapes, args.starts = p.starts;
-  if (p.level == nullptr) return args;
-  for (int64_t first = 0; first < p.levels; first += kLevelArgs) {
-    const int64_t rest = p.levels - first, count = rest < kLevelArgs ? rest : kLevelArgs;
-    for (int64_t l = 0; l < count; ++l) args.level[l] = p.level[first + l];
-    if (p.levels <= kLevelArgs) return args;
-    launch(&store_levels<32>, 1, 32, 0, args, workspace + 2 * first, workspace + 2 * p.levels + first,
-           static_cast<int>(count));
-  }
-  if (p.levels > kLevelArgs) args.shapes = workspace, args.starts = workspace + 2 * p.levels;
-  return args;
-}
-
-// ---- pairs
-
-struct DeformTile {
-  int log_lanes = 2, chunk = 0;
-  __host__ __device__ __forceinline__ int pairs() const { return kBlock >> log_lanes; }
-  __host__ __device__ __forceinline__ int pitch() const { return chunk | 1; }  // odd: no bank conflicts between pairs
-};
-
-// At least four lanes: they share the work on the points, and the backward reduces four dot products at once.
-inline DeformTile deform_tile(const DeformParams& p, int width) {
-  DeformTile tile;
-  const int log_lanes = log_lanes_for((p.dim + width - 1) / width);
-  if (log_lanes > tile.log_lanes) tile.log_lanes = log_lanes;
-  const int64_t points = p.levels * p.points, chunks = (points + kMostChunk - 1) / kMostChunk;
-  tile.chunk = static_cast<int>(chunks > 0 ? (points + chunks - 1) / chunks : 0);
-  return tile;
-}
-
-inline dim3 deform_grid(const DeformParams& p, const DeformTile& tile) {
-  const int64_t tiles = (p.queries + tile.pairs() - 1) / tile.pairs(), rows = p.batch * p.heads;
-  return dim3(tiles, rows < kMostGridY ? rows : kMostGridY);
-}
-
-// Dynamic shared memory: `arrays` x [pairs][pitch] of four stat values, one of four rows, and the levels.
-template <typename A>
-struct DeformShared {
-  Pack<A, 4>* values;
-  Pack<int32_t, 4>* rows;
-  LevelBox* levels;
-
-  __device__ __forceinline__ DeformShared(const DeformTile& tile, int arrays) {
-    const int slots = tile.pairs() * tile.pitch();
-    values = dynamic_shared<Pack<A, 4>>();
-    rows = reinterpret_cast<Pack<int32_t, 4>*>(values + arrays * slots);
-    levels = reinterpret_cast<LevelBox*>(rows + slots);
-  }
-  static size_t bytes(const DeformTile& tile, int arrays, int64_t levels) {
-    const size_t slots = static_cast<size_t>(tile.pairs()) * tile.pitch();
-    return slots * (arrays * sizeof(Pack<A, 4>) + sizeof(Pack<int32_t, 4>)) + levels * sizeof(LevelBox);
-  }
-};
-
-// The grid of queries that query i lies in, from `first` on; width 0: unknown.
-struct QueryGrid {
-  int32_t first, height, width;
-};
-
-// Queries are often the pixels of one level, of all levels (an encoder), or, over one level, of the pyramid of twice,
-// equal and half its size (a ViT adapter). A wrong guess only costs speed: every answer orders all the queries.
-__device__ __forceinline__ QueryGrid query_grid(const LevelBox* levels, int64_t count, int64_t queries, int64_t i) {
-  QueryGrid grid{};
-  int64_t total = 0, area = 0;
-  for (int64_t l = 0; l < count; ++l) {
-    const int32_t height = levels[l].height, width = levels[l].width;
-    area = static_cast<int64_t>(height) * width;
-    if (area == queries) return {0, height, width};
-    if (i >= total && i < total + area) grid = {static_cast<int32_t>(total), height, width};
-    total += area;
-  }
-  if (total == queries) return grid;
-  if (count != 1 || area == 0) return {};
-  const int32_t height = levels[0].height, width = levels[0].width, low = height / 2, narrow = width / 2;
-  if (5 * area + static_cast<int64_t>(low) * narrow != queries) return {};
-  if (i < 4 * area) return {0, 2 * height, 2 * width};
-  if (i < 5 * area) return {static_cast<int32_t>(4 * area), height, width};
-  return {static_cast<int32_t>(5 * area), low, narrow};
-}
-
-// The i-th query in an order that takes a grid in bands of kTileRows rows, column by column: the pairs of a block are
-// then neighbours in both directions and read the same pixels.
-__device__ __forceinline__ int64_t query_at(const LevelBox* levels, int64_t count, int64_t queries, int64_t i) {
-  const QueryGrid grid = query_grid(levels, count, queries, i);
-  if (grid.width <= 0) return i;
-  const uint32_t in_grid = static_cast<uint32_t>(i) - grid.first, width = grid.width;
-  const uint32_t y = in_grid / (kTileRows * width) * kTileRows, in_band = in_grid - y * width;
-  const uint32_t left = grid.height - y, rows = left < kTileRows ? left : kTileRows, x = in_band / rows;
-  return grid.first + static_cast<int64_t>(y + in_band - x * rows) * width + x;
-}
-
-struct DeformLane {
-  int lanes, lane, group;
-  bool active;  // its pair exists
-  int64_t query;
-
-  __device__ __forceinline__ DeformLane(const DeformParams& p, const DeformTile& tile, const LevelBox* levels) {
-    lanes = 1 << tile.log_lanes, lane = threadIdx.x & (lanes - 1), group = threadIdx.x >> tile.log_lanes;
-    const int64_t place = static_cast<int64_t>(blockIdx.x) * tile.pairs() + group;
-    active = place < p.queries;
-    query = active ? query_at(levels, p.levels, p.queries, place) : 0;
-  }
-  // Of a ballot over the warp, the bits of this pair's lanes.
-  __device__ __forceinline__ uint32_t mine(uint32_t ballot) const {
-    return ballot >> (threadIdx.x % 32 - lane) & (0xffffffffu >> (32 - lanes));
-  }
-  template <typename A>
-  __device__ __forceinline__ A sum(A v) const {
-    for (int mask = 1; mask < lanes; mask *= 2) v += warp_shuffle_xor(v, mask);
-    return v;
-  }
-};
-
-// ---- points
-
-__device__ __forceinline__ float floor_of(float v) { return floorf(v); }
-__device__ __forceinline__ double floor_of(double v) { return floor(v); }
-
-// A point within its level.
-template <typename A>
-struct Sample {
-  A fx = 0, fy = 0;
-  int32_t x = 0, y = 0, width = 0, row = 0;  // row of corner (y, x); that corner may be outside
-  uint32_t reads = 0;                        // bits 0..3: corners (y, x), (y, x + 1), (y + 1, x), (y + 1, x + 1) exist
-
-  __device__ __forceinline__ int32_t corner(int k) const { return row + (k & 1) + (k >> 1) * width; }
-
-  // Rows to load: an absent corner repeats one that is read anyway, so that a NaN elsewhere stays out. Only if `reads`.
-  __device__ __forceinline__ Pack<int32_t, 4> rows() const {
-    const int32_t spare = corner(lowest_bit(reads));
-    Pack<int32_t, 4> r;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) r.v[k] = reads >> k & 1 ? corner(k) : spare;
-    return r;
-  }
-  __device__ __forceinline__ Pack<A, 4> weights(A weight) const {
-    const CornerWeights<A> w = corner_weights(fx, fy, weight);
-    return {{reads & 1 ? w.w00 : A(0), reads & 2 ? w.w01 : A(0), reads & 4 ? w.w10 : A(0), reads & 8 ? w.w11 : A(0)}};
-  }
-};
-
-// The points of one pair.
-template <typename T, bool Fused>
-struct PairPoints {
-  using A = Acc<T>;
-  const DeformParams& p;
-  int64_t location, weight;             // the pair's first element
-  const A* reference = nullptr;         // of its query
-  const bool* mask = nullptr;           // of its image
-  A largest = -A(INFINITY), scale = 1;  // softmax
-
-  __device__ __forceinline__ PairPoints(const DeformParams& params, int64_t b, int64_t m, const DeformLane& lane)
-      : p(params) {
-    const int64_t points = p.levels * p.points, q = lane.query;
-    location = b * p.locations.batch_stride + q * p.locations.query_stride + m * points * 2;
-    weight = b * p.weights.batch_stride + q * p.weights.query_stride + m * points;
-    if (p.mask != nullptr) mask = p.mask + b * p.tokens;
-    if constexpr (Fused) {
-      reference = static_cast<const A*>(p.reference.data) + b * p.reference.batch_stride + q * p.reference.query_stride;
-      prepare_softmax(static_cast<int>(points), lane);
-    }
-  }
-
-  __device__ __forceinline__ A load(const void* data, int64_t i) const {
-    if (Fused && p.offsets_are_values) return to_acc(at<T>(data, i));
-    return at<A>(data, i);
-  }
-  __device__ __forceinline__ A power(A logit) const { return exp2_fast((logit - largest) * A(1.4426950408889634)); }
-
-  __device__ __forceinline__ void prepare_softmax(int points, const DeformLane& lane) {
-    const int end = lane.active ? points : 0;
-    for (int i = lane.lane; i < end; i += lane.lanes) {
-      const A logit = load(p.weights.data, weight + i);
-      largest = logit > largest ? logit : largest;
-    }
-    for (int mask = 1; mask < lane.lanes; mask *= 2) {
-      const A other = warp_shuffle_xor(largest, mask);
-      largest = other > largest ? other : largest;
-    }
-    A total = 0;
-    for (int i = lane.lane; i < end; i += lane.lanes) total += power(load(p.weights.data, weight + i));
-    scale = A(1) / lane.sum(total);
-  }
-
-  __device__ __forceinline__ A attention(int i) const {
-    const A v = load(p.weights.data, weight + i);
-    return Fused ? power(v) * scale : v;
-  }
-  __device__ __forceinline__ A offset(int i, int axis) const { return load(p.locations.data, location + 2 * i + axis); }
-  __device__ __forceinline__ A reference_at(int level, int column) const {
-    return reference[(p.reference_levels == 1 ? 0 : level) * p.reference_columns + column];
-  }
-  // Pixel coordinate along x (axis 0) or y (axis 1).
-  __device__ __forceinline__ A pixel(int i, int level, int axis, int32_t size) const {
-    const A given = offset(i, axis), extent = static_cast<A>(size);
-    if constexpr (!Fused) return pixel_of_location(given, extent);
-    if (p.reference_columns == 2) return pixel_of_offset(reference_at(level, axis), given, extent);
-    return pixel_of_box_offset(reference_at(level, axis), reference_at(level, 2 + axis), given,
-                               A(1) / static_cast<A>(p.points), extent);
-  }
-
-  __device__ __forceinline__ Sample<A> sample(int i, int level, const LevelBox& box) const {
-    Sample<A> s;
-    const A x = pixel(i, level, 0, box.width), y = pixel(i, level, 1, box.height);
-    if (!point_reads(x, y, static_cast<A>(box.width), static_cast<A>(box.height))) return s;
-    const A left = floor_of(x), top = floor_of(y);
-    s.fx = x - left, s.fy = y - top;
-    s.x = static_cast<int32_t>(left), s.y = static_cast<int32_t>(top);
-    s.width = box.width, s.row = box.start + s.y * box.width + s.x;
-    // A width beyond 2^24 may have been rounded up, so both ends are tested on both sides.
-    const bool in_left = s.x >= 0 && s.x < box.width, in_right = s.x + 1 < box.width;
-    const bool in_top = s.y >= 0 && s.y < box.height, in_bottom = s.y + 1 < box.height;
-    s.reads =
-        (in_top && in_left) | (in_top && in_right) << 1 | (in_bottom && in_left) << 2 | (in_bottom && in_right) << 3;
-    for (uint32_t bits = mask != nullptr ? s.reads : 0; bits != 0; bits &= bits - 1) {
-      const int k = lowest_bit(bits);
-      if (mask[s.corner(k)]) s.reads &= ~(1u << k);
-    }
-    return s;
-  }
-};
-
-// The address of a row's channels. A row of 4 GiB does not exist, so one wide multiplication gives it.
-template <typename T>
-struct ValueRows {
-  const char* base;
-  uint32_t row_bytes;
-  __device__ __forceinline__ ValueRows(const DeformParams& p, int64_t b, int64_t m, int64_t c)
-      : base(reinterpret_cast<const char*>(static_cast<const T*>(p.value) + b * p.value_batch + m * p.value_head + c)),
-        row_bytes(static_cast<uint32_t>(p.value_token) * static_cast<uint32_t>(sizeof(T))) {}
-  __device__ __forceinline__ const T* operator()(int32_t row) const {
-    return reinterpret_cast<const T*>(base + static_cast<uint64_t>(static_cast<uint32_t>(row)) * row_bytes);
-  }
-};
-
-// ---- forward
-
-// Weights and rows of the points [first, first + count) that read something, compacted in order; returns their number.
+// Weights and places of the points [first, first + count) that read something, compacted in order; returns their
+// number.
 template <typename T, bool Fused>
 __device__ __forceinline__ int store_points(const PairPoints<T, Fused>& points, const DeformLane& lane,
                                             const LevelBox* levels, int first, int count, Pack<Acc<T>, 4>* weights,
-                                            Pack<int32_t, 4>* rows) {
+                                            Pack<uint32_t, 4>* places, uint32_t pitch) {
   int stored = 0;
   for (int round = 0; round < count; round += lane.lanes) {
     const int i = first + round + lane.lane;
     Sample<Acc<T>> s;
-    if (lane.active && round + lane.lane < count) {
-      const int level = i / static_cast<int>(points.p.points);
-      s = points.sample(i, level, levels[level]);
-    }
+    if (lane.active && round + lane.lane < count) s = points.sample(i, levels);
     const uint32_t reading = lane.mine(warp_ballot(s.reads != 0));
     if (s.reads != 0) {
       const int slot = stored + popcount(reading & ((1u << lane.lane) - 1));
       weights[slot] = s.weights(points.attention(i));
-      rows[slot] = s.rows();
+      places[slot] = s.places(pitch);
     }
     stored += popcount(reading);
   }
@@ -333,36 +35,38 @@ __global__ void __launch_bounds__(kBlock, 3) deform_forward(DeformParams p, Leve
   load_levels(p, args, shared.levels);
   const DeformLane lane(p, tile, shared.levels);
   Pack<A, 4>* weights = shared.values + lane.group * tile.pitch();
-  Pack<int32_t, 4>* rows = shared.rows + lane.group * tile.pitch();
+  Pack<uint32_t, 4>* places = shared.places + lane.group * tile.pitch();
   const int total = static_cast<int>(p.levels * p.points);
   for (int64_t bm = blockIdx.y; bm < p.batch * p.heads; bm += gridDim.y) {
-    const int64_t b = bm / p.heads, m = bm - b * p.heads;
-    const PairPoints<T, Fused> points(p, b, m, lane);
+    const int64_t b = image_of(p, bm), m = bm - b * p.heads;
+    const PairPoints<T, Fused> points(p, tile, b, m, lane);
     int stored = 0;
     for (int64_t pass = 0; pass < p.dim; pass += lane.lanes * W) {
       const int64_t c = pass + lane.lane * W;
       const bool inside = lane.active && c < p.dim;
-      const ValueRows<T> value(p, b, m, inside ? c : 0);
+      const ValueRows<T, W> value(p, b, m, inside ? c : 0);
       A sum[W] = {};
       for (int first = 0; first < total; first += tile.chunk) {
         if (pass == 0 || total > tile.chunk) {
           const int count = total - first < tile.chunk ? total - first : tile.chunk;
           warp_sync();  // the previous points have been read
-          stored = store_points(points, lane, shared.levels, first, count, weights, rows);
+          stored = store_points(points, lane, shared.levels, first, count, weights, places, ValueRows<T, W>::pitch(p));
           warp_sync();
         }
         const int reading = inside ? stored : 0;
 #pragma unroll 2
         for (int i = 0; i < reading; ++i) {
-          const Pack<int32_t, 4> row = rows[i];
+          const Pack<uint32_t, 4> place = places[i];
           const Pack<A, 4> weight = weights[i];
           Pack<T, W> v[4];
 #pragma unroll
-          for (int k = 0; k < 4; ++k) v[k] = load_pack<W>(value(row.v[k]));
+          for (int k = 0; k < 4; ++k) v[k] = value(place.v[k]);
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
+            A wide[W];
+            widen(v[k], wide);
 #pragma unroll
-            for (int j = 0; j < W; ++j) sum[j] += weight.v[k] * to_acc(v[k].v[j]);
+            for (int j = 0; j < W; ++j) sum[j] += weight.v[k] * wide[j];
           }
         }
       }
@@ -373,12 +77,6 @@ __global__ void __launch_bounds__(kBlock, 3) deform_forward(DeformParams p, Leve
       store_pack(static_cast<T*>(p.out) + ((b * p.queries + lane.query) * p.heads + m) * p.dim + c, out);
     }
   }
-}
-
-template <typename T>
-bool value_packable(const DeformParams& p) {
-  return packable<T>(p.value, p.value_batch) && packable<T>(p.value, p.value_token) &&
-         packable<T>(p.value, p.value_head) && p.dim % kPack<T> == 0;
 }
 
 template <typename T, int W, typename Launch>

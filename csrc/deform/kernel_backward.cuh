@@ -6,7 +6,7 @@
 // x); kernel_lists.cuh sums the gradient of the values over these lists in a fixed order, without float atomics.
 #pragma once
 
-#include "kernel.cuh"
+#include "kernel_points.cuh"
 
 namespace tokenprune {
 
@@ -75,25 +75,24 @@ struct PairBackward {
   const LevelBox* levels;
   int64_t b, m;
   Pack<A, 4>*state, *dots;  // [pitch]
-  Pack<int32_t, 4>* rows;
+  Pack<uint32_t, 4>* places;
 
-  __device__ __forceinline__ int level_of(int i) const { return i / static_cast<int>(p.points); }
-
-  // State and rows of the points [first, first + count); f(i, sample, weight) for each of this lane's.
+  // State and places of the points [first, first + count); f(i, sample, weight) for each of this lane's.
   template <typename F>
   __device__ __forceinline__ void prepare(int first, int count, F&& f) {
+    const uint32_t pitch = ValueRows<T, W>::pitch(p);
     warp_sync();  // the previous points have been read
     for (int j = lane.lane; j < count; j += lane.lanes) {
-      const int i = first + j, level = level_of(i);
+      const int i = first + j;
       Sample<A> s;
       A weight = 0;
       if (lane.active) {
-        s = points.sample(i, level, levels[level]);
+        s = points.sample(i, levels);
         weight = points.attention(i);
         f(i, s, weight);
       }
       state[j] = {{s.fx, s.fy, weight, static_cast<A>(s.reads)}};
-      rows[j] = s.reads != 0 ? s.rows() : Pack<int32_t, 4>{};
+      places[j] = s.reads != 0 ? s.places(pitch) : Pack<uint32_t, 4>{};
     }
     warp_sync();
   }
@@ -110,26 +109,27 @@ struct PairBackward {
     for (int64_t pass = 0; pass < p.dim; pass += lane.lanes * W) {
       const int64_t c = pass + lane.lane * W;
       const bool inside = c < p.dim;
-      const ValueRows<T> value(p, b, m, inside ? c : 0);
+      const ValueRows<T, W> value(p, b, m, inside ? c : 0);
       const Pack<T, W> packed = load_pack<W>(grads + (inside ? c : 0));
       A grad[W];
-#pragma unroll
-      for (int j = 0; j < W; ++j) grad[j] = to_acc(packed.v[j]);
+      widen(packed, grad);
       for (int i = 0; i < count; i += 2) {  // two points: eight loads in flight
         Pack<T, W> v[2][4];
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
-          const Pack<int32_t, 4> row = rows[i + n < count ? i + n : i];
+          const Pack<uint32_t, 4> place = places[i + n < count ? i + n : i];
 #pragma unroll
-          for (int k = 0; k < 4; ++k) v[n][k] = load_pack<W>(value(row.v[k]));
+          for (int k = 0; k < 4; ++k) v[n][k] = value(place.v[k]);
         }
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
           A dot[4] = {};
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
+            A wide[W];
+            widen(v[n][k], wide);
 #pragma unroll
-            for (int j = 0; j < W; ++j) dot[k] += grad[j] * to_acc(v[n][k].v[j]);
+            for (int j = 0; j < W; ++j) dot[k] += grad[j] * wide[j];
             if (!inside) dot[k] = 0;
           }
           const A sum = reduce_corners(dot, lane);
@@ -165,7 +165,7 @@ struct PairBackward {
     if (!lane.active) return;
     const int64_t pair = ((b * p.queries + lane.query) * p.heads + m) * p.levels * p.points;
     for (int j = lane.lane; j < count; j += lane.lanes) {
-      const int i = first + j, level = level_of(i);
+      const int i = first + j, level = points.level_of(i);
       const PointState<A> s(state[j]);
       const PointGradient<A> g = s.gradient(dots[j]);
       A x = g.x, y = g.y;
@@ -192,12 +192,12 @@ __global__ void __launch_bounds__(kBlock, 2)
   const DeformLane lane(p, tile, shared.levels);
   Pack<A, 4>* const state = shared.values + lane.group * tile.pitch();
   Pack<A, 4>* const dots = state + tile.pairs() * tile.pitch();
-  Pack<int32_t, 4>* const rows = shared.rows + lane.group * tile.pitch();
+  Pack<uint32_t, 4>* const places = shared.places + lane.group * tile.pitch();
   const int total = static_cast<int>(p.levels * p.points);
   for (int64_t bm = blockIdx.y; bm < p.batch * p.heads; bm += gridDim.y) {
-    const int64_t b = bm / p.heads, m = bm - b * p.heads;
-    const PairPoints<T, Fused> points(p, b, m, lane);
-    PairBackward<T, W, Fused> pair{p, lane, points, shared.levels, b, m, state, dots, rows};
+    const int64_t b = image_of(p, bm), m = bm - b * p.heads;
+    const PairPoints<T, Fused> points(p, tile, b, m, lane);
+    PairBackward<T, W, Fused> pair{p, lane, points, shared.levels, b, m, state, dots, places};
     const int64_t number = (bm * p.queries + lane.query) * total;
     const bool chunked = total > tile.chunk;
     A delta = 0;

@@ -196,21 +196,6 @@ struct FourLists {
   }
 };
 
-// Division of numbers below 2^31 by a constant, as a multiplication.
-struct Divider {
-  uint32_t divisor = 1, multiplier = uint32_t{1} << 31;
-  int shift = 31;
-
-  Divider() = default;
-  explicit Divider(uint32_t d) : divisor(d), shift(31) {  // 0 < d < 2^31
-    while (int64_t{1} << (shift - 31) < d) ++shift;
-    multiplier = static_cast<uint32_t>(((uint64_t{1} << shift) + d - 1) / d);
-  }
-  __host__ __device__ __forceinline__ uint32_t operator()(uint32_t number) const {
-    return static_cast<uint32_t>(static_cast<uint64_t>(number) * multiplier >> shift);
-  }
-};
-
 // One pixel's sum over the lists of one level, by one part of its lanes.
 template <typename T, int W>
 struct PixelSum {
@@ -247,8 +232,10 @@ struct PixelSum {
 #pragma unroll
       for (int n = 0; n < kAtOnce; ++n) {
         if (begin + n * parts > last) break;
+        A wide[W];
+        widen(g[n], wide);
 #pragma unroll
-        for (int j = 0; j < W; ++j) sum[j] += weight[n] * to_acc(g[n].v[j]);
+        for (int j = 0; j < W; ++j) sum[j] += weight[n] * wide[j];
       }
     }
   }
@@ -265,7 +252,7 @@ __global__ void __launch_bounds__(kBlock, 3)
   const uint32_t points = static_cast<uint32_t>(p.points);
   const int64_t per_segment = p.queries * p.levels * p.points, pixels_at_once = grid_threads() >> tile.log_width;
   for (int64_t segment = blockIdx.y; segment < p.batch * p.heads; segment += gridDim.y) {
-    const int64_t b = segment / p.heads, m = segment - b * p.heads;
+    const int64_t b = image_of(p, segment), m = segment - b * p.heads;
     const int32_t* begins = lists.start + segment * (p.tokens + 1);
     const T* grads = static_cast<const T*>(p.grad_out.data) + b * p.grad_out.batch_stride + m * p.dim;
     // The first pixel of this warp, so that all its lanes leave the loop together.
@@ -309,9 +296,8 @@ void launch_sums_as(const Launch& launch, const DeformParams& p, const LevelArgs
   const SumTile tile = sum_tile(p, W);
   const int64_t segments = p.batch * p.heads;
   const dim3 grid(grid_for(p.tokens, kBlock >> tile.log_width), segments < kMostGridY ? segments : kMostGridY);
-  const int64_t per_query = p.levels * p.points;
   launch(&sum_value_grad<T, W>, grid, kBlock, p.levels * sizeof(LevelBox), p, args, lists, tile,
-         Divider(static_cast<uint32_t>(per_query > 0 ? per_query : 1)));
+         Divider(p.levels * p.points));
 }
 
 // The whole backward. ScanBlock: fewer threads suit the host model.

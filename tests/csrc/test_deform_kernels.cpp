@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "../../csrc/deform/kernel.cuh"
 #include "../../csrc/deform/kernel_lists.cuh"
 #include "check.h"
 
@@ -365,11 +366,11 @@ void test_sorting(const std::vector<int64_t>& lengths, int64_t segments) {
 
 void test_division() {
   bool good = true;
-  for (uint32_t d : {1u, 2u, 3u, 7u, 12u, 16u, 48u, 1000u, 65537u, (1u << 30) + 1, (1u << 31) - 1}) {
+  for (int64_t d : {1u, 2u, 3u, 7u, 12u, 16u, 48u, 1000u, 65537u, (1u << 30) + 1, (1u << 31) - 1}) {
     const Divider divide(d);
-    for (uint32_t q : {0u, 1u, 5u, ((1u << 31) - 1) / d}) {
-      for (uint32_t n : {q * d, q * d + d - 1, q * d - 1, (1u << 31) - 1}) {
-        if (n < 1u << 31) good &= divide(n) == n / d;
+    for (uint32_t q : {0u, 1u, 5u, ((1u << 31) - 1) / static_cast<uint32_t>(d)}) {
+      for (int64_t n : {q * d, q * d + d - 1, q * d - 1, (int64_t{1} << 31) - 1}) {
+        if (in_range(n, int64_t{1} << 31)) good &= divide(static_cast<uint32_t>(n)) == n / d;
       }
     }
   }
