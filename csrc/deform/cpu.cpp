@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// CPU registration: checks, allocation, the order in which queries are visited, and the loops over items.
+// CPU registration: checks, allocation and the loops over ranges of queries and bands of values.
 #include <algorithm>
-#include <cmath>
 
 #include "../common/dtype.h"
+#include "../common/pages.h"
 #include "../common/parallel.h"
 #include "checks.h"
 #include "cpu_kernels.h"
@@ -15,96 +15,36 @@ using Optional = std::optional<Tensor>;
 
 const DeformKernels& kernels(Dtype dtype) { return dtype == kFloat64 ? deform_kernels_generic : deform_kernels(); }
 
-constexpr int64_t kChunk = 64;              // queries per item: neighbours whose surroundings the caches hold together
+constexpr int64_t kRange = 64;              // queries per item
 constexpr int64_t kMostBand = 8 << 20;      // bytes of one band's gradient
 constexpr int64_t kMostStreams = 64 << 20;  // bytes of the streams of one group of images
 
-// ---- the order of the queries: along a Morton curve through the image, found by counting sort
-
-constexpr int64_t kCells = 64;  // per side
-
-uint32_t spread_bits(uint32_t v) {  // 6 bits to the even places
-  uint32_t r = 0;
-  for (int i = 0; i < 6; ++i) r |= (v >> i & 1) << 2 * i;
-  return r;
+int64_t bytes_of(const Tensor& t) {
+  const ScalarType dtype = t.scalar_type();
+  return t.numel() * (dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2);
 }
 
-template <typename C>
-void sort_queries(const C* first, int64_t stride, int64_t queries, int32_t* order) {
-  static const std::vector<uint32_t> spread = [] {
-    std::vector<uint32_t> table(kCells);
-    for (int64_t i = 0; i < kCells; ++i) table[i] = spread_bits(static_cast<uint32_t>(i));
-    return table;
-  }();
-  const auto cell = [](C v) {
-    const C c = v * C(kCells);
-    return c > 0 ? static_cast<int64_t>(std::min(c, C(kCells - 1))) : int64_t{0};  // NaN: 0
-  };
-  std::vector<uint16_t> code(queries);
-  std::vector<int32_t> next(kCells * kCells + 1);
-  for (int64_t q = 0; q < queries; ++q) {
-    const C* xy = first + q * stride;
-    code[q] = static_cast<uint16_t>(spread[cell(xy[0])] | spread[cell(xy[1])] << 1);
-    ++next[code[q] + 1];
-  }
-  for (int64_t c = 0; c < kCells * kCells; ++c) next[c + 1] += next[c];
-  for (int64_t q = 0; q < queries; ++q) order[next[code[q]]++] = static_cast<int32_t>(q);
-}
-
-// A row of positions per image, or one row for all of them.
-struct Order {
-  std::vector<int32_t> order;
-  int64_t stride = 0;
-
-  explicit Order(const DeformCall& call) {
-    const DeformParams& p = call.p;
-    const QueryRows& rows = p.fused ? p.reference : p.locations;
-    const bool shared = rows.batch_stride == 0 || p.queries <= 2 * kChunk;
-    const int64_t images = shared ? std::min<int64_t>(p.batch, 1) : p.batch;
-    stride = shared ? 0 : p.queries;
-    order.resize(images * p.queries);
-    const bool sort = p.queries > 2 * kChunk && p.heads * p.levels * p.points > 0;
-    parallel_items(images, p.queries * 16, [&](int64_t b) {
-      int32_t* to = order.data() + b * p.queries;
-      if (!sort) {
-        for (int64_t q = 0; q < p.queries; ++q) to[q] = static_cast<int32_t>(q);
-      } else if (call.stat == ScalarType::Double) {
-        sort_queries(static_cast<const double*>(rows.data) + b * rows.batch_stride, rows.query_stride, p.queries, to);
-      } else {
-        sort_queries(static_cast<const float*>(rows.data) + b * rows.batch_stride, rows.query_stride, p.queries, to);
-      }
-    });
-  }
-  const int32_t* of(int64_t image) const { return order.data() + image * stride; }
-};
-
-// f(image, begin, count) for chunks of the queries of all images.
+// f(range) for ranges of the queries of `images` images.
 template <typename F>
-void for_chunks(const DeformParams& p, int64_t first_image, int64_t images, int64_t work, const F& f) {
-  const int64_t chunks = (p.queries + kChunk - 1) / kChunk;
-  parallel_items(images * chunks, kChunk * work, [&](int64_t item) {
-    const int64_t begin = item % chunks * kChunk;
-    f(first_image + item / chunks, begin, std::min(kChunk, p.queries - begin));
+void for_ranges(const DeformParams& p, int64_t first_image, int64_t images, const F& f) {
+  const int64_t ranges = (p.queries + kRange - 1) / kRange;
+  const int64_t work = p.heads * (p.levels * p.points + 1) * (p.dim / 4 + 8);
+  parallel_items(images * ranges, kRange * work, [&](int64_t item) {
+    const int64_t begin = item % ranges * kRange;
+    f(QueryRange{first_image + item / ranges, begin, std::min(kRange, p.queries - begin)});
   });
 }
-
-// ---- forward
 
 Tensor forward(DeformCall& call) {
-  DeformParams& p = call.p;
-  Tensor out = call.new_out();
+  const DeformParams& p = call.p;
   const Dtype dtype = kernel_dtype(call.op, call.dtype);
-  const Order order(call);
+  Tensor out = call.new_out();
+  prefer_huge_pages(p.out, bytes_of(out));
   const DeformKernels& table = kernels(dtype);
-  const int64_t bytes = table.forward_scratch(p, kChunk);
-  const int64_t work = p.heads * p.levels * p.points * (p.dim / 4 + 8);
-  for_chunks(p, 0, p.batch, work, [&](int64_t image, int64_t begin, int64_t count) {
-    table.forward(dtype, p, image, order.of(image) + begin, count, thread_scratch(bytes));
-  });
+  const int64_t bytes = table.forward_scratch(p);
+  for_ranges(p, 0, p.batch, [&](QueryRange range) { table.forward(dtype, p, range, thread_scratch(bytes)); });
   return out;
 }
-
-// ---- backward
 
 // As few bands as give every thread work, and buffers that are not too large. The result does not depend on it.
 int64_t count_bands(const DeformParams& p, int64_t images) {
@@ -114,45 +54,34 @@ int64_t count_bands(const DeformParams& p, int64_t images) {
     rows = std::max(rows, p.level[l].height);
   }
   const int64_t items = std::max<int64_t>(1, images * p.heads * p.levels);
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t for_threads = items >= threads ? 1 : (threads + items - 1) / items;
+  const int64_t for_threads = (torch::stable::get_num_threads() + items - 1) / items;
   const int64_t for_memory = (pixels * (p.dim + 16) * 4 + kMostBand - 1) / kMostBand;
   return std::min(rows, std::max(for_threads, for_memory));
 }
 
-void backward(DeformCall& call) {
-  DeformParams& p = call.p;
+// grad_value is allocated by the caller, as the other results are.
+void backward(DeformCall& call, const Tensor& grad_value) {
+  const DeformParams& p = call.p;
   const Dtype dtype = kernel_dtype(call.op, call.dtype);
   const DeformKernels& table = kernels(dtype);
-  const Order order(call);
-  const int64_t size = call.stat == ScalarType::Double ? 8 : 4;
+  prefer_huge_pages(p.grad_value, bytes_of(grad_value));
   const int64_t per_image = p.heads * p.levels * p.queries * p.points;
-  const int64_t fitting = kMostStreams / std::max<int64_t>(1, per_image * 6 * size);
+  const int64_t size = call.stat == ScalarType::Double ? 8 : 4;
+  const int64_t fitting = kMostStreams / std::max<int64_t>(1, per_image * 3 * size);
   const int64_t group = std::max<int64_t>(1, std::min(p.batch, fitting));
-  const int64_t bands = count_bands(p, group);
-  const int64_t bytes = table.forward_scratch(p, kChunk) + 32 * (p.heads + 1) * (p.levels * p.points + 16);
-  const int64_t band_bytes = table.backward_scratch(p, bands);
-  Tensor streams = torch::stable::new_empty(call.like, {6, group * per_image + 64}, call.stat);
-  char* memory = static_cast<char*>(streams.mutable_data_ptr());
-  const int64_t part = (group * per_image + 64) * size;
+  const int64_t bands = count_bands(p, group), part = group * per_image + 64;  // readable beyond the end
+  const int64_t points_bytes = table.backward_points_scratch(p), values_bytes = table.backward_values_scratch(p, bands);
+  Tensor memory = torch::stable::new_empty(call.like, {3, part}, call.stat);
+  PointStreams s;
+  s.xy = memory.mutable_data_ptr(), s.weight = static_cast<char*>(s.xy) + 2 * part * size;
   for (int64_t first = 0; first < p.batch; first += group) {
-    const int64_t images = std::min(group, p.batch - first), points = p.heads * p.levels * p.points;
-    DeformStreams s;
-    s.pixels = memory, s.grad_pixels = memory + 2 * part;
-    s.weights = memory + 4 * part, s.grad_weights = memory + 5 * part;
-    s.first_image = first, s.order = order.of(first), s.order_stride = order.stride;
-    if (per_image > 0) {
-      for_chunks(p, first, images, points * 4, [&](int64_t image, int64_t begin, int64_t count) {
-        table.stream_points(dtype, p, s, image, begin, count, thread_scratch(bytes));
-      });
-    }
-    parallel_items(images * p.heads * p.levels * bands, p.queries * p.points * (p.dim / 4 + 8),
-                   [&](int64_t item) { table.backward(dtype, p, s, item, bands, thread_scratch(band_bytes)); });
-    if (per_image > 0 || p.grad_reference != nullptr) {
-      for_chunks(p, first, images, points * 4, [&](int64_t image, int64_t begin, int64_t count) {
-        table.point_gradients(dtype, p, s, image, begin, count, thread_scratch(bytes));
-      });
-    }
+    const int64_t images = std::min(group, p.batch - first);
+    s.first_image = first;
+    for_ranges(p, first, images,
+               [&](QueryRange range) { table.backward_points(dtype, p, s, range, thread_scratch(points_bytes)); });
+    parallel_items(
+        images * p.heads * p.levels * bands, (p.queries * p.points + p.tokens) * (p.dim / 4 + 8),
+        [&](int64_t item) { table.backward_values(dtype, p, s, item, bands, thread_scratch(values_bytes)); });
   }
 }
 
@@ -175,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(const Tensor& grad, c
   call.set_grad(grad);
   Tensor grad_value = call.new_grad_value(), grad_locations = call.new_grad_locations(),
          grad_weights = call.new_grad_weights();
-  backward(call);
+  backward(call, grad_value);
   return {grad_value, grad_locations, grad_weights};
 }
 
@@ -198,7 +127,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ms_deform_attn_fused_backward(const T
   call.set_grad(grad);
   Tensor grad_value = call.new_grad_value(), grad_reference = call.new_grad_reference(want_reference),
          grad_offsets = call.new_grad_locations(), grad_logits = call.new_grad_weights();
-  backward(call);
+  backward(call, grad_value);
   return {grad_value, grad_reference, grad_offsets, grad_logits};
 }
 

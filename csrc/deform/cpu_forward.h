@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward: heads outside, so that one head's surroundings stay in the second-level cache while the neighbouring queries
-// of a list read them; channels of one (query, head) in registers over all points.
+// Forward: query by query with all heads, whose values lie side by side in memory; the channels of one (query, head)
+// stay in registers over all points.
 #pragma once
 
-#include "cpu_points.h"
+#include "cpu_fetch.h"
 
 namespace tokenprune {
 inline namespace TOKENPRUNE_ISA {
@@ -14,7 +14,7 @@ struct HeadValues {  // one head of one image
   int64_t stride;  // between tokens
 };
 
-// `Blocks` blocks of channels (from the base on) of one query. n < block: only the first n channels, of one block.
+// `Blocks` blocks of channels (from the base on) of one query. Not Whole: only the first n channels, of one block.
 template <typename T, int Blocks, bool Whole>
 inline void sample_channels(const DeformParams& p, const HeadValues<T>& v, const PointArrays<Compute<T>>& a, int64_t k,
                             T* out, int64_t n) {
@@ -60,6 +60,7 @@ inline void sample_channels(const DeformParams& p, const HeadValues<T>& v, const
   }
 }
 
+// k: the first point of the (query, head).
 template <typename T>
 inline void sample_query(const DeformParams& p, HeadValues<T> v, const PointArrays<Compute<T>>& a, int64_t k, T* out) {
   int64_t d = 0;
@@ -73,58 +74,24 @@ inline void sample_query(const DeformParams& p, HeadValues<T> v, const PointArra
   if (d < p.dim) sample_channels<T, 1, false>(p, v, a, k, out + d, p.dim - d);
 }
 
-template <typename C>
-inline void fill_sizes(const DeformParams& p, int64_t queries, const PointArrays<C>& a) {
-  const int64_t n = row_points(p), total = round_up(queries * n, 16);
-  for (int64_t k = 0; k < total; ++k) {
-    const Level& level = p.level[k % n / p.points];
-    a.width[k] = static_cast<C>(level.width), a.height[k] = static_cast<C>(level.height);
-  }
-}
-
-template <typename C>
-inline void apply_mask(const DeformParams& p, const bool* mask, int64_t queries, const PointArrays<C>& a) {
-  int64_t k = 0;
-  for (int64_t i = 0; i < queries; ++i) {
-    for (int64_t l = 0; l < p.levels; ++l) {
-      for (int64_t j = 0; j < p.points; ++j, ++k) {
-        a.corners[k] = unmasked_corners(a.corners[k], mask + p.level[l].start, a.row[k], p.level[l].width);
-      }
-    }
-  }
-}
-
 template <typename T>
-void forward_queries(const DeformParams& p, int64_t image, const int32_t* order, int64_t count, char* scratch) {
+void forward_queries(const DeformParams& p, QueryRange range, char* scratch) {
   using C = Compute<T>;
-  const int64_t n = row_points(p), run = run_queries(p, n), width = p.heads * p.dim;
-  T* out = static_cast<T*>(p.out) + image * p.queries * width;
-  if (n == 0) {
-    for (int64_t i = 0; i < count; ++i) __builtin_memset(out + order[i] * width, 0, width * sizeof(T));
-    return;
-  }
   Arena arena{scratch};
-  const PointArrays<C> a = PointArrays<C>::take(arena, run * n);
-  const QueryTables<C> tables = query_tables<C>(p, image, order, count, arena);
-  fill_sizes(p, run, a);
-  const bool* mask = p.mask == nullptr ? nullptr : p.mask + image * p.tokens;
-  for (int64_t head = 0; head < p.heads; ++head) {
-    const T* base = static_cast<const T*>(p.value) + image * p.value_batch + head * p.value_head;
-    for (int64_t first = 0; first < count; first += run) {
-      const int64_t queries = count - first < run ? count - first : run;
-      stage<T>(p, tables, image, head, order + first, first, queries, a.xy, a.weight);
-      resolve_points(a, queries * n);
-      if (mask != nullptr) apply_mask(p, mask, queries, a);
-      for (int64_t i = 0; i < queries; ++i) {
-        sample_query<T>(p, {base, p.value_token}, a, i * n, out + order[first + i] * width + head * p.dim);
+  const PointArrays<C> a = take_points<C>(p, arena);
+  const T* value = static_cast<const T*>(p.value) + range.image * p.value_batch;
+  T* out = static_cast<T*>(p.out) + (range.image * p.queries + range.begin) * p.heads * p.dim;
+  fetch_values<T>(p, range);
+  for_runs(p, range, [&](QueryRange run) {
+    stage<T>(p, run, a);
+    resolve_points(p, run, a);
+    int64_t k = 0;
+    for (int64_t i = 0; i < run.count; ++i) {
+      for (int64_t head = 0; head < p.heads; ++head, k += head_points(p), out += p.dim) {
+        sample_query<T>(p, {value + head * p.value_head, p.value_token}, a, k, out);
       }
     }
-  }
-}
-
-inline int64_t forward_scratch(const DeformParams& p, int64_t count) {  // enough for doubles
-  const int64_t n = row_points(p);
-  return PointArrays<double>::bytes(run_queries(p, n) * n) + QueryTables<double>::bytes(p, count) + 4096;
+  });
 }
 
 }  // namespace TOKENPRUNE_ISA

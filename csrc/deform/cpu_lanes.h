@@ -108,6 +108,18 @@ inline Vec<Compute<T>> load_some(const T* p, int64_t n) {
   return v;
 }
 
+// The first n < lanes values of v.
+template <typename C>
+inline void store_some(C* p, Vec<C> v, int64_t n) {
+#if defined(__AVX512F__)
+  if constexpr (__is_same(C, float)) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
+    return;
+  }
+#endif
+  for (int64_t l = 0; l < n; ++l) p[l] = v[l];
+}
+
 // ---- channels go through the kernels in blocks of two vectors. For bfloat16 these are the even and the odd channels
 // of the block (a shift and a mask instead of a conversion); load_block and store_block agree on it.
 
