@@ -18,10 +18,10 @@
 
 namespace tokenprune {
 
-constexpr int kMostChunk = 16;     // points of a pair in shared memory at a time
-constexpr int kTileRows = 8;       // height of a tile of queries
-constexpr int kLevelArgs = 8;      // levels from the host that travel as a kernel argument
-constexpr int kMostLevels = 1024;  // levels that fit beside the points in shared memory
+constexpr int kMostChunk = 16;    // points of a pair in shared memory at a time
+constexpr int kTileRows = 8;      // height of a tile of queries
+constexpr int kLevelArgs = 8;     // levels from the host that travel as a kernel argument
+constexpr int kMostLevels = 512;  // levels that fit beside the points in shared memory
 constexpr int64_t kMostGridY = 65535;
 
 // ---- levels

@@ -251,6 +251,14 @@ struct Case {
     lists.start = start.data(), lists.cell = cell.data(), lists.slot = slot.data(), lists.member = member.data();
     lists.weights = corners.data(), lists.pixel_grads = fused ? pixel_grads.data() : nullptr;
     launch_deform_backward<T, kScanBlock>(launch, p, lists, level_workspace.data());
+    bool ascending = true;  // in order, so that the sums do not depend on who came first
+    for (size_t i = 0; i + 1 < start.size() && p.dim > 0; ++i) {
+      const int64_t segment = static_cast<int64_t>(i) / (p.tokens + 1);
+      if (static_cast<int64_t>(i + 1) % (p.tokens + 1) == 0) continue;
+      const int32_t* list = member.data() + segment * k.queries * total;
+      ascending &= std::is_sorted(list + start[i], list + start[i + 1]);
+    }
+    test::report(name("lists"), ascending, "");
   }
 
   void run() {
