@@ -241,7 +241,7 @@ def test_hidden_tokens_are_no_candidates():
     blocks, x, reducer = tiny_blocks(), tokens(1, 18), make(layers=[1, 2])
     bias = torch.zeros(1, 18, dtype=x.dtype)
     bias[:, 11:] = -math.inf
-    y, _state = walk(blocks, x, reducer, TokenState(num_prefix=1, key_bias=bias))
+    y, _ = walk(blocks, x, reducer, TokenState(num_prefix=1, key_bias=bias))
     alone, _ = walk(blocks, x[:, :11], reducer)
     torch.testing.assert_close(y, alone, atol=1e-12, rtol=1e-12)
     with pytest.raises(ValueError, match="per_image must be True"):
