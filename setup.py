@@ -119,7 +119,9 @@ class CMakeBuild(build_ext):
         ninja = Path(sys.executable).parent / "ninja"
         if ninja.exists():
             configure.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
-        subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
+        told = subprocess.run(configure, check=True, stdout=subprocess.PIPE, text=True).stdout
+        units = re.findall(r"^-- tokenprune: (.*)", told, re.M)
+        print("".join(f"tokenprune_ext: {line}\n" for line in units), end="", flush=True)
         jobs = os.environ.get("MAX_JOBS")
         subprocess.run([cmake, "--build", str(build), *(["-j", jobs] if jobs else [])], check=True)
 
@@ -134,6 +136,7 @@ class CMakeBuild(build_ext):
             "cuda": with_cuda,
             "cuda_reason": obstacle,
             "cuda_archs": archs,
+            "cuda_units": units,
             "torch": importlib.metadata.version("torch"),
             "torch_target": "2.11",
             "nvcc": nvcc_version(nvcc_path()) if with_cuda else None,

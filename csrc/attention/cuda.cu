@@ -2,6 +2,7 @@
 // CUDA registration of the forward and the scores: checks, allocation, launches. One file per direction: they compile
 // side by side.
 #include "cuda_common.h"
+#include "hopper.h"
 
 namespace tokenprune {
 namespace {
@@ -23,7 +24,9 @@ std::tuple<Tensor, Tensor, Tensor> sparse_attention(const Tensor& q, const Tenso
   const Launcher launch(q);
   int processors = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, q.get_device_index()));
-  visit_floating_cuda(op, call.dtype, [&]<typename T>() { attention::launch_forward<T>(launch, p, processors); });
+  if (!hopper_attention(launch, p, call.dtype, q.get_device_index(), processors)) {
+    visit_floating_cuda(op, call.dtype, [&]<typename T>() { attention::launch_forward<T>(launch, p, processors); });
+  }
   return {out, lse, cls};
 }
 

@@ -66,6 +66,20 @@ def has_kernels(device_type: str) -> bool:
     return device_type in ("cpu", "meta") and cpu_loaded()
 
 
+def hopper_unit(name: str, device: torch.device):
+    """The sm_90a version of an op where it is built, switched on by TOKENPRUNE_HOPPER=1 and fits the GPU; else None.
+
+    They stay off until a GPU has shown them right and faster.
+    """
+    wanted = os.environ.get("TOKENPRUNE_HOPPER", "")
+    if wanted not in ("", "0", "1"):
+        raise ValueError(f"tokenprune: TOKENPRUNE_HOPPER must be 0 or 1, got {wanted!r}")
+    if wanted != "1" or device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return None
+    unit = getattr(torch.ops.tokenprune_sm90a, name, None)
+    return unit and unit.default
+
+
 def build_info() -> dict:
     """What setup.py wrote about the build: version, CUDA outcome and archs, compilers, torch."""
     path = _HERE / "_build_info.json"

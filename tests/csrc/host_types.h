@@ -12,6 +12,7 @@
 #define __constant__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 struct Uint3 {
   unsigned x = 0, y = 0, z = 0;
