@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles every CUDA unit for every architecture and reads back what the compiler made of it. Needs no GPU.
 
-    python tools/cuda_check.py                       # csrc/*/cuda*.cu for the architectures this nvcc knows
+    python tools/cuda_check.py                       # every unit for the architectures this nvcc knows
     python tools/cuda_check.py --arch 80 90a --unit attention --all
     python tools/cuda_check.py --write docs/kernels.md
 
 For every kernel: registers, shared memory (static), bytes spilled, and how many instructions of the kinds that matter
-it has (matrix: HMMA, HGMMA; wide loads: LDG.128; asynchronous copies: LDGSTS; matrix loads: LDSM). The exit status is 1
-when a kernel spills, or when a tensor-core kernel lost its instructions; 2 when nvcc or cuobjdump cannot be found.
+it has (matrix: HMMA, HGMMA; wide loads: LDG.128; asynchronous copies: LDGSTS; tiles by the copy engine: UTMALDG; matrix
+loads: LDSM). The units csrc/*/hopper*.cu are compiled for sm_90a where the CUTLASS headers are. The exit status is 1 when a
+kernel spills, when a tensor-core kernel lost its instructions or the compiler serialises its wgmma; 2 when nvcc or
+cuobjdump cannot be found.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ KINDS = {
     "HGMMA": r"HGMMA\.",
     "LDG.128": r"LDG\.\S*128",
     "LDGSTS": r"LDGSTS",
+    "UTMALDG": r"UTMALDG",
     "LDSM": r"LDSM",
 }
 BEGIN, END = "<!-- cuda-check: begin (written by tools/cuda_check.py) -->", "<!-- cuda-check: end -->"
@@ -49,6 +52,7 @@ class Kernel:
     shared: int = 0
     stack: int = 0
     spills: int = 0
+    serialised: bool = False
     counts: Counter = field(default_factory=Counter)
 
     @property
@@ -62,6 +66,8 @@ class Kernel:
             found.append(f"spills {self.spills} bytes")
         needed = ["HMMA", "LDSM"] if "mma" in self.name.lower().replace("fmatile", "") else []
         needed += ["LDGSTS"] if "MmaTile" in self.name else []
+        needed = ["HGMMA", "UTMALDG"] if "hopper" in self.name else needed
+        found += ["waits after every wgmma"] if self.serialised else []
         found += [f"has no {kind}" for kind in needed if not self.counts[kind]]
         return found
 
@@ -82,6 +88,14 @@ def find_cuobjdump(nvcc: str) -> str | None:
     for folder in spec.submodule_search_locations or [] if spec else []:
         candidates += sorted(Path(folder).glob("backends/nvidia/bin/cuobjdump"))
     return next((str(c) for c in candidates if c.exists()), None)
+
+
+def find_cutlass() -> Path | None:
+    """The CUTLASS headers, as third_party/cutlass.cmake finds them."""
+    roots = [Path(os.environ["TOKENPRUNE_CUTLASS_DIR"])] if os.environ.get("TOKENPRUNE_CUTLASS_DIR") else []
+    spec = importlib.util.find_spec("cutlass_library")
+    roots += [Path(folder) / "source" for folder in (spec.submodule_search_locations or [] if spec else [])]
+    return next((root / "include" for root in roots if (root / "include" / "cutlass" / "cutlass.h").exists()), None)
 
 
 def torch_include() -> Path:
@@ -118,6 +132,8 @@ def read_resources(log: str, unit: str, arch: str) -> dict[str, Kernel]:
             smem = re.search(r"(\d+) bytes smem", line)
             current.shared = int(smem[1]) if smem else 0
             current = None
+    for symbol in re.findall(r"\(C7510\).* in the function '(\S+)'", log):
+        kernels[symbol].serialised = True
     return kernels
 
 
@@ -144,13 +160,19 @@ def demangle(kernels: list[Kernel]) -> None:
         kernel.name = name.replace("__nv_bfloat16", "bf16").replace("__half", "fp16").replace(" >", ">")
 
 
-def check_unit(tools: tuple[str, str, Path], source: Path, arch: str, folder: Path) -> list[Kernel]:
-    nvcc, cuobjdump, include = tools
+def is_hopper(source: Path) -> bool:
+    return source.name.startswith("hopper")
+
+
+def check_unit(tools: tuple[str, str, list[Path]], source: Path, arch: str, folder: Path) -> list[Kernel]:
+    nvcc, cuobjdump, includes = tools
     unit = f"{source.parent.name}/{source.name}"
     cubin = folder / f"{source.parent.name}_{source.stem}_{arch}.cubin"
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-std=c++20", "--expt-relaxed-constexpr", "-Xptxas=-v"]
-    defines = ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000ULL", f"-I{ROOT}", "-isystem", str(include)]
-    log = run([nvcc, *flags, *defines, "-cubin", "-o", str(cubin), str(source)])
+    defines = ["-DNDEBUG", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000ULL", f"-I{ROOT}"]
+    defines += ["-DTOKENPRUNE_WITH_HOPPER"] if is_hopper(source) else []
+    folders = [part for folder in includes for part in ("-isystem", str(folder))]
+    log = run([nvcc, *flags, *defines, *folders, "-cubin", "-o", str(cubin), str(source)])
     kernels = read_resources(log, unit, arch)
     count_instructions(run([cuobjdump, "-sass", str(cubin)]), kernels)
     cubin.unlink()
@@ -229,13 +251,20 @@ def main() -> int:
     if nvcc is None or cuobjdump is None:
         print(f"cuda_check: {'nvcc' if nvcc is None else 'cuobjdump'} not found", file=sys.stderr)
         return 2
-    tools = (nvcc, cuobjdump, torch_include())
+    cutlass = find_cutlass()
+    tools = (nvcc, cuobjdump, [torch_include(), *([cutlass] if cutlass else [])])
     known = supported(nvcc)
     archs = args.arch or [a for a in ARCHS if a.rstrip("a") in known or a in known]
     sources = [s for s in sorted((ROOT / "csrc").glob("*/cuda*.cu")) if args.unit in str(s.relative_to(ROOT))]
+    hopper = [s for s in sorted((ROOT / "csrc").glob("*/hopper*.cu")) if args.unit in str(s.relative_to(ROOT))]
+    if hopper and cutlass is None:
+        print("cuda_check: no CUTLASS headers (pip install --no-deps nvidia-cutlass): sm_90a units left out")
+    elif "90a" in archs:
+        sources += hopper
     started, kernels, failures = time.monotonic(), [], []
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        jobs = {pool.submit(check_unit, tools, s, a, Path(folder)): (s, a) for s in sources for a in archs}
+        pairs = [(s, a) for s in sources for a in archs if a == "90a" or not is_hopper(s)]
+        jobs = {pool.submit(check_unit, tools, s, a, Path(folder)): (s, a) for s, a in pairs}
         for job in concurrent.futures.as_completed(jobs):
             source, arch = jobs[job]
             try:

@@ -88,6 +88,15 @@ step build 420 bash -c build || exit 1
 "$PYTHON" -m tokenprune_ext.collect_env --json >"$OUT/environment.json"
 step smoke 60 "$PYTHON" tools/gpu_smoke.py
 step sanitizer 120 bash -c sanitizer
+# The sm_90a units are off by default: the same comparison with them, where they are built.
+units=$("$PYTHON" -c 'import torch; from tokenprune_ext import _library; print(int(torch.cuda.get_device_capability() == (9, 0) and hasattr(torch.ops.tokenprune_sm90a, "gather_linear")))')
+if [ "$units" = 1 ]; then
+  step smoke_hopper 60 env TOKENPRUNE_HOPPER=1 "$PYTHON" tools/gpu_smoke.py
+  step bench_hopper 90 env TOKENPRUNE_HOPPER=1 "$PYTHON" -m benchmarks --suite ops --family attention --device cuda --quick --json "$OUT/bench_hopper_attention.json"
+  step bench_hopper_linear 60 env TOKENPRUNE_HOPPER=1 "$PYTHON" -m benchmarks --suite ops --family linear --device cuda --quick --json "$OUT/bench_hopper_linear.json"
+else
+  echo "gpu-check: sm_90a units: not built (needs capability 9.0 and the headers of nvidia-cutlass)"
+fi
 for file in tests/ops/test_*.py; do
   step "$(basename "$file" .py)" 100 env TOKENPRUNE_TEST_DEVICE=cuda "$PYTHON" -m pytest "$file" -q --no-header -p no:cacheprovider
 done

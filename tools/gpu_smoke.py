@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compares every op on the GPU with the CPU kernels on small, odd, ragged and empty inputs.
 
-Forward and backward; ``--small`` is short enough for compute-sanitizer: ``python tools/gpu_smoke.py``.
+Forward and backward; ``--small`` is short enough for compute-sanitizer: ``python tools/gpu_smoke.py``. With
+``TOKENPRUNE_HOPPER=1`` the same comparison runs through the sm_90a units where they serve a case.
 """
 
+import os
 import sys
 import warnings
 
 import torch
-from tokenprune_ext import ops
+from tokenprune_ext import _library, ops
 
 # Twice the round-off that a sum of this length makes, relative to the largest value.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
@@ -31,6 +33,53 @@ def attention(lengths, heads, dim, indexed):
         finite = torch.where(lse.isfinite(), lse, 0.0)
         loss = out.float().square().sum() + finite.sum() + cls.square().sum()
         return out, finite, cls, *torch.autograd.grad(loss, (qkv, bias))
+
+    return run
+
+
+def packed_attention(lengths, keys, heads, dim, biased):
+    """What the sm_90a unit serves: packed rows without an index or a CLS row, cross lengths, with or without bias."""
+
+    def run(device, dtype):
+        generator = torch.Generator().manual_seed(sum(keys))
+        values = torch.randn(sum(keys), 2, heads, dim, generator=generator).to(device, dtype).requires_grad_()
+        queries = torch.randn(sum(lengths), heads, dim, generator=generator).to(device, dtype).requires_grad_()
+        bias = torch.rand(sum(keys), generator=generator).log().to(device) if biased else None
+
+        def starts(counts):
+            return torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32, device=device)
+
+        out, lse = ops.sparse_attention(
+            queries,
+            *values.unbind(1),
+            cu_seqlens_q=starts(lengths),
+            cu_seqlens_k=starts(keys),
+            max_seqlen_q=max(lengths),
+            max_seqlen_k=max(keys),
+            key_bias=bias,
+        )
+        finite = torch.where(lse.isfinite(), lse, 0.0)
+        return out, finite, *torch.autograd.grad(out.float().square().sum() + finite.sum(), (queries, values))
+
+    return run
+
+
+def linear(rows, count, channels, width, activation, scattered):
+    """A linear layer on gathered rows, with scatter-back or without."""
+
+    def run(device, dtype):
+        generator = torch.Generator().manual_seed(rows)
+
+        def random(*shape):
+            return torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
+
+        x, bias, features = random(rows, channels), random(width), random(rows, width)
+        weight = (torch.randn(width, channels, generator=generator) / channels**0.5).to(device, dtype).requires_grad_()
+        index = torch.randperm(rows, generator=generator)[:count].int().to(device)
+        target = {"features": features, "add": True} if scattered else {}
+        out = ops.gather_linear(x, weight, bias, index=index, activation=activation, **target)
+        leaves = (x, weight, bias, features) if scattered else (x, weight, bias)
+        return out, *torch.autograd.grad(out.float().square().mean(), leaves)
 
     return run
 
@@ -87,6 +136,11 @@ def cases(small: bool):
     for lengths, heads, dim in (((5,), 1, 32), ((17, 0, 1, 40), 3, 64), ((3, 70), 2, 80)):
         yield f"attention {lengths} h{heads} d{dim}", attention(lengths, heads, dim, False)
         yield f"attention {lengths} h{heads} d{dim} indexed", attention(lengths, heads, dim, True)
+    for dim in (64, 80, 128):
+        yield f"packed attention d{dim}", packed_attention((5, 0, 67, 1, 0), (270, 3, 0, 1, 4), 2, dim, True)
+        yield f"packed attention d{dim} no bias", packed_attention((130, 64), (400, 128), 3, dim, False)
+    for shape in ((50, 40, 72, 40, None, False), (300, 20, 520, 264, "gelu", True), (9, 9, 64, 24, None, True)):
+        yield f"linear {shape}", linear(*shape)
     for shape in ((1, 1, 1), (2, 37, 24), (3, 0, 8), (2, 65, 390)):
         yield f"tokens {shape}", tokens(*shape)
     for shape in ((1, 2, 3, 1), (2, 33, 24, 9), (1, 197, 384, 13)):
@@ -94,6 +148,11 @@ def cases(small: bool):
     yield "policy (2, 19, 2, 64)", policy(2, 19, 2, 64)
     if not small:
         yield "attention 8 x 256..768", attention((256, 329, 402, 475, 549, 622, 695, 768), 16, 64, True)
+        lengths = (256, 329, 402, 475, 549, 622, 695, 768)
+        for dim in (64, 80, 128):
+            yield f"packed attention d{dim} 8 x 256..768", packed_attention(lengths, lengths, 16, dim, True)
+        yield "linear 4200 of 384 to 1536", linear(4200, 2058, 384, 1536, "gelu", False)
+        yield "linear 4200 of 1536 to 384", linear(4200, 2058, 1536, 384, None, True)
         yield "tokens (8, 4200, 384)", tokens(8, 4200, 384)
         yield "merge (4, 1025, 1024, 40)", merge(4, 1025, 1024, 40)
         yield "policy (2, 197, 6, 64)", policy(2, 197, 6, 64)
@@ -116,6 +175,9 @@ def main(arguments: list[str]) -> int:
     """Run all cases; returns 1 when one differs."""
     device = "cpu" if "--cpu" in arguments else "cuda"  # --cpu tries the script itself where there is no GPU
     small = "--small" in arguments
+    if os.environ.get("TOKENPRUNE_HOPPER") == "1":
+        unit = device == "cuda" and _library.hopper_unit("gather_linear", torch.device("cuda"))
+        print(f"sm_90a units: {'on' if unit else 'not built, or not for this device'}")
     warnings.filterwarnings("error", message=".*runs the slower PyTorch reference.*")
     wrong = 0
     for name, run in cases(small):

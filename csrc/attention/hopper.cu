@@ -10,7 +10,7 @@ bool hopper_attention(const Launcher& launch, const AttentionParams& p, ScalarTy
   const bool half = dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
   if (!half || !attention::hopper_serves(p) || !hopper_enabled(device)) return false;
   const auto encode = [&](const Rows& rows, int64_t heads, int64_t dim, int box_columns, int box_rows) {
-    const int64_t head_stride = heads == 1 ? dim : rows.head_stride;
+    const int64_t head_stride = heads == 1 ? rows.row_stride : rows.head_stride;  // of one head it is not used
     return tensor_map(dtype, rows.data, {dim, heads, rows.rows}, {head_stride * 2, rows.row_stride * 2}, box_columns,
                       box_rows);
   };

@@ -7,10 +7,10 @@
 
 namespace tokenprune::attention {
 
-// Rows that the copy engine can address: 16-byte base and strides.
+// Rows that the copy engine can address: 16-byte base and strides, each a multiple of the one before.
 inline bool hopper_rows(const Rows& r, int64_t heads) {
   return r.rows > 0 && reinterpret_cast<uintptr_t>(r.data) % 16 == 0 && r.row_stride % 8 == 0 && r.row_stride > 0 &&
-         (heads == 1 || (r.head_stride % 8 == 0 && r.head_stride > 0));
+         (heads == 1 || (r.head_stride % 8 == 0 && r.head_stride > 0 && r.row_stride % r.head_stride == 0));
 }
 // 16-bit values is the caller's condition.
 inline bool hopper_serves(const AttentionParams& p) {
