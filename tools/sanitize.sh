@@ -77,6 +77,11 @@ all_mistakes() {
   for mistake in half wait overrun uninitialised divergent; do
     step "mistake.$mistake.address" fail "$OUT/racy.address" "$mistake"
   done
+  build tests/csrc/racy_hopper.cpp "$OUT/racy_hopper.address" "${ADDRESS[@]}"
+  step mistake.hopper.none pass "$OUT/racy_hopper.address" none
+  for mistake in fence product early copy arrival bytes; do
+    step "mistake.hopper.$mistake" fail "$OUT/racy_hopper.address" "$mistake"
+  done
   step mistake.none.thread pass "$OUT/racy.thread" none
   for mistake in barrier shuffle; do
     step "mistake.$mistake.thread" fail "$OUT/racy.thread" "$mistake"
