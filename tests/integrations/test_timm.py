@@ -236,18 +236,33 @@ def test_gradient_checkpointing():
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("method", ["tome", "evit", "threshold"])
+IDLE = {
+    "tome": {"r": 0},
+    "evit": {"keep": 1.0},
+    "threshold": {"layers": []},
+    "evo": {"ratio": 1.0},
+    "hourglass": {"layer": -1},
+}
+REDUCING = {
+    "tome": {"r": 4},
+    "evit": {"keep": [0.6, 0.5]},
+    "threshold": {"layers": [1]},
+    "evo": {"ratio": 0.5, "layer": 1},
+    "hourglass": {"layer": 1, "clusters": (2, 3)},
+}
+
+
+@pytest.mark.parametrize("method", IDLE)
 @pytest.mark.parametrize("fmt", ["NCHW", "NLC"])
 def test_intermediates_are_full_maps(method, fmt):
     model, images = small("vit_small_patch14_reg4_dinov2")
-    idle = {"tome": {"r": 0}, "evit": {"keep": 1.0}, "threshold": {"layers": []}}[method]
+    idle = IDLE[method]
     with torch.no_grad():
         expected = model.forward_intermediates(images, indices=2, norm=True, output_fmt=fmt, return_prefix_tokens=True)
         with patched(model, method, **idle):
             got = model.forward_intermediates(images, indices=2, norm=True, output_fmt=fmt, return_prefix_tokens=True)
         torch.testing.assert_close(got, expected)
-        active = {"tome": {"r": 4}, "evit": {"keep": [0.6, 0.5]}, "threshold": {"layers": [1]}}[method]
-        with patched(model, method, **active):
+        with patched(model, method, **REDUCING[method]):
             reduced = model.forward_intermediates(images, output_fmt=fmt, intermediates_only=True)
             named = model.forward_intermediates(images, output_fmt=fmt, output_dict=True)
             last = model.get_intermediate_layers(images)
@@ -282,20 +297,46 @@ def test_a_wrapped_model_is_found():
     assert not hasattr(model, "token_reducer")
 
 
-@pytest.mark.parametrize("method", ["tome", "evit", "threshold"])
+COMPILED = {
+    "tome": {"r": 3},
+    "evit": {"keep": 0.6},
+    "threshold": {"mode": "topk"},
+    "evo": {"ratio": 0.6, "layer": 1},
+    "hourglass": {"layer": 1, "clusters": 4},
+}
+
+
+@pytest.mark.parametrize("method", COMPILED)
 def test_compiled_model(method):
     from tokenprune_ext import _library
 
     if not _library.cpu_loaded():
         pytest.skip("the references read lengths on the host")
     model, images = small("deit_tiny_patch16_224")
-    tp.patch(model, method, **{"tome": {"r": 3}, "evit": {"keep": 0.6}, "threshold": {"mode": "topk"}}[method])
+    tp.patch(model, method, **COMPILED[method])
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         for batch in (2, 3, 5):
             more = images[:1].expand(batch, -1, -1, -1) + torch.arange(batch).view(-1, 1, 1, 1) / 4
             torch.testing.assert_close(compiled(more), model(more))
+
+
+@pytest.mark.parametrize("method", ["evo", "hourglass"])
+def test_unused_methods_of_every_family_run_the_models_own_blocks(method):
+    for name, options in FAMILIES.values():
+        model, images = small(name, **options)
+        if method == "evo" and model.cls_token is None:
+            with pytest.raises(ValueError, match="must have a class token"):
+                tp.patch(model, method)
+            continue
+        with torch.no_grad():
+            expected = model(images)
+            with patched(model, method, **IDLE[method]):
+                assert torch.equal(model(images), expected)
+            with patched(model, method, **REDUCING[method]):
+                reduced = model(images)
+                assert torch.isfinite(reduced).all() and not torch.equal(reduced, expected)
 
 
 def test_context_manager_keeps_the_error():
