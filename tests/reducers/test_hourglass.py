@@ -115,6 +115,7 @@ def test_images_of_different_sizes_are_refused():
         ({"clusters": (3, 0)}, "clusters must be positive"),
         ({"layer": 5}, r"layer must lie in \[-1, 4\]"),
         ({"iters": -1}, "iters must be >= 0"),
+        ({"temperature": 0.0}, "temperature must be positive"),
         ({"window": 4}, "window must be odd"),
         ({"k": 0}, "k must not be 0"),
         ({"norm": "l3"}, "norm must be"),

@@ -144,3 +144,9 @@ def test_schedules():
     assert parse_r(1, (8, 0.5)) == [4]
     with pytest.raises(ValueError, match="negative"):
         reducers.create("tome", r=-1, depth=2)
+
+
+@pytest.mark.parametrize("r", [2.5, "8", [3, 1.5], True, (8, 2.0), (8,), None])
+def test_other_schedules_are_refused(r):
+    with pytest.raises(ValueError, match="ToMe: r must be an int, a list of ints or"):
+        reducers.create("tome", r=r, depth=2)

@@ -60,6 +60,8 @@ class Hourglass(Reducer):
         self.depth, self.layer, self.clusters = depth, layer, _grid(clusters)
         if iters < 0:
             raise ValueError(f"Hourglass: iters must be >= 0, got {iters}")
+        if not temperature > 0:
+            raise ValueError(f"Hourglass: temperature must be positive, got {temperature}")
         if window < 1 or window % 2 == 0:
             raise ValueError(f"Hourglass: window must be odd and positive, got {window}")
         if k == 0:

@@ -67,6 +67,7 @@ class ToMe(Reducer):
         fast_idle: bool = True,
     ):
         super().__init__()
+        _check_r(r)
         self.r = parse_r(depth, r)
         if any(merges < 0 for merges in self.r):
             raise ValueError(f"ToMe: r must give no negative number of merges, got {self.r}")
@@ -170,6 +171,14 @@ class ToMe(Reducer):
         return x, state.replace(
             cu_seqlens=starts, max_seqlen=state.max_seqlen - r, index=index, size=size, key_bias=bias
         )
+
+
+def _check_r(r):
+    """Whole numbers, and a share for the slope: anything else would be truncated into another schedule."""
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (r if isinstance(r, list) else [r]))
+    sloped = isinstance(r, tuple) and len(r) == 2 and all(isinstance(n, (int, float)) for n in r) and -1 <= r[1] <= 1
+    if not (whole or sloped):
+        raise ValueError(f"ToMe: r must be an int, a list of ints or (r, inflect in [-1, 1]), got {r!r}")
 
 
 def _close_gaps(parent, cu_seqlens, out_len):
