@@ -60,6 +60,30 @@ def count_flops(function: Callable[[], object]) -> dict[str, int]:
     return flops
 
 
+def traced_flops(model: torch.nn.Module, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> dict[str, int]:
+    """:func:`count_flops` of one forward pass in which nothing is computed and nothing stored.
+
+    Args:
+        model: in evaluation mode, on any device, the meta device included.
+        shape: of the images.
+        dtype: of the images.
+
+    Returns:
+        Part to FLOPs. Where sequence lengths are known on the device only, attention counts what padding would cost.
+
+    Raises:
+        RuntimeError: the number of tokens depends on the data.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    # On an imagined CPU rather than the meta device, for which autocast cannot even be switched off.
+    with FakeTensorMode():
+        fake = {name: torch.empty(t.shape, dtype=t.dtype, device="cpu") for name, t in tensors.items()}
+        images = torch.empty(tuple(shape), dtype=dtype, device="cpu")
+        return count_flops(lambda: torch.func.functional_call(model, fake, (images,)))
+
+
 @dataclass(frozen=True)
 class LayerTokens:
     """Tokens (prefix tokens included) that one block processes, per image of the batch."""

@@ -4,6 +4,7 @@
 import pytest
 import torch
 from tokenprune_ext import ops
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conformance import assert_same, needs_library
 from tests.ops.common import expect, ints
@@ -245,3 +246,14 @@ def test_a_metric_without_heads_is_refused(device):
         pytest.skip("averaged before the op elsewhere")
     with pytest.raises(RuntimeError, match="metric must have at least one head"):
         ops.bipartite_soft_matching(torch.randn(1, 8, 0, 4), 2)
+
+
+@needs_library
+def test_flops_of_matching_do_not_depend_on_how_keys_come(device):
+    keys = torch.randn(2, 21, 3, 16, device=device)
+    counts = []
+    for metric in (keys, keys.mean(2)):
+        with FlopCounterMode(display=False) as counter:
+            ops.bipartite_soft_matching(metric, 4)
+        counts.append(counter.get_total_flops())
+    assert counts == [2 * 2 * 11 * 10 * 16] * 2

@@ -353,7 +353,7 @@ register(
     fake=_fake_matching,
     reference=_reference_matching,
     flops=lambda metric, *args, out_val=None, **kwargs: _flops_nearest(
-        (metric.shape[1] + 1) // 2, metric.shape[1] // 2, metric.shape[2], metric.shape[0]
+        (metric.shape[1] + 1) // 2, metric.shape[1] // 2, metric.shape[-1], metric.shape[0]
     ),
 )
 register(
