@@ -36,7 +36,7 @@ class LayerTrace:
 
 
 def patch(model: nn.Module, method: str | reducers.Reducer = "tome", **options) -> nn.Module:
-    """Reduce tokens in a vision transformer of another library (timm so far), in place.
+    """Reduce tokens in a vision transformer of another library (timm, torchvision, transformers), in place.
 
     The method becomes the submodule ``token_reducer``, so that learned parts train and are saved with the model.
 
@@ -62,11 +62,18 @@ def patch(model: nn.Module, method: str | reducers.Reducer = "tome", **options) 
             "patch: model must hold exactly one supported vision transformer, got "
             f"{names or 'none in ' + type(model).__name__}"
         )
-    adapter, _, part = found[0]
+    adapter, name, part = found[0]
+    owner = model.get_submodule(name.rpartition(".")[0]) if name else None
     if hasattr(part, _NAME):
         raise ValueError(f"patch: model must be unpatched first, got one with {type(part.token_reducer).__name__}")
-    adapter.check(part)
-    reducer = reducers.create(method, adapter.facts(part), **options)
+    adapter.check(part, owner)
+    facts = adapter.facts(part, owner)
+    reducer = reducers.create(method, facts, **options)
+    if facts.get("pair_bias") and reducer.own_attention:
+        raise ValueError(
+            f"patch: {type(reducer).__name__} must not be put into {type(part).__name__}: the method computes its own "
+            "attention, which has no bias for pairs of tokens (relative positions)"
+        )
     anchor = next(part.parameters())
     part.add_module(_NAME, reducer.to(device=anchor.device, dtype=anchor.dtype).train(part.training))
     for name, function in adapter.methods(part).items():

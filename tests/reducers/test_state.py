@@ -73,7 +73,7 @@ def test_branch_equals_the_formula(packed):
         torch.testing.assert_close(got.reshape(product.shape), product)
     torch.testing.assert_close(branch(rows, state).view_as(x), expected)
     z = branch.norm(rows)
-    mixed, _ = branch.mix(*branch.qkv(z), state)
+    mixed, _ = branch.mix(*branch.qkv(z, state), state)
     torch.testing.assert_close(branch.scale(branch.out(mixed, z), state), branch(rows, state))
     with pytest.raises(ValueError, match="want must be"):
         branch(rows, state, want="row")

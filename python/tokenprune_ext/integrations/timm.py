@@ -2,33 +2,15 @@
 """Token reduction in timm's ``VisionTransformer`` family: ViT, DeiT, distilled DeiT, DeiT-III, DINOv2, CLIP, SigLIP.
 
 The model's own parts are walked; nothing is copied and no weight moves. What this file does not know exactly, it
-refuses by name.
+refuses by name. EVA, DINOv3 and BEiT are in ``timm_eva.py`` and ``timm_beit.py``.
 """
 
 import sys
-from functools import partial
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ..nn import AttentionBranch, BlockParts, MlpBranch, TokenState, run_block, split_prefix
-from ..reducers import Reducer
-
-_MLPS = ("GeGluMlp", "GluMlp", "Mlp", "SwiGLU", "SwiGLUPacked")
-_NORMS = (
-    "Identity",
-    "LayerNorm",
-    "LayerNormFp32",
-    "RMSNorm",
-    "RmsNorm",
-    "RmsNormFp32",
-    "SimpleNorm",
-    "SimpleNormFp32",
-)
-_INNER = ("q_norm", "k_norm", "norm")
-_SCALES = ("BranchScale", "Identity", "LayerScale")
-_DROPS = ("DropPath", "Identity")
+from ..nn import AttentionBranch, BlockParts, MlpBranch, TokenState
+from . import _timm, _walk
 
 
 def find(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -39,7 +21,7 @@ def find(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, part) for name, part in model.named_modules() if isinstance(part, library.VisionTransformer)]
 
 
-def facts(model: nn.Module) -> dict:
+def facts(model: nn.Module, owner: nn.Module | None = None) -> dict:
     """What reducers may want to know about the model."""
     return {
         "depth": len(model.blocks),
@@ -53,20 +35,19 @@ def facts(model: nn.Module) -> dict:
     }
 
 
-def check(model: nn.Module) -> None:
+def check(model: nn.Module, owner: nn.Module | None = None) -> None:
     """Refuse what would not be reproduced exactly.
 
     Raises:
         ValueError: names the component.
     """
     library = sys.modules["timm.models.vision_transformer"]
-    for name in ("forward", "forward_features", "forward_intermediates"):
-        if getattr(type(model), name) is not getattr(library.VisionTransformer, name) or name in vars(model):
-            raise ValueError(f"patch: model must use timm's {name}, got an overridden one in {type(model).__name__}")
+    _timm.check_model(model, library.VisionTransformer)
     for number, block in enumerate(model.blocks):
-        _check_block(f"blocks.{number}", block, library)
-    if not len(model.blocks):
-        raise ValueError("patch: model must have blocks, got none")
+        name = f"blocks.{number}"
+        _walk.must_run(name, block, (library.Block, library.ResPostBlock), "timm")
+        _walk.must_run(f"{name}.attn", block.attn, (library.Attention,), "timm")
+        _timm.check_parts(name, block)
 
 
 def forward(
@@ -89,8 +70,7 @@ def forward(
         each: called with ``(layer, x, state)`` after every block.
     """
     x, grid = embed(model, images)
-    state = TokenState(grid=grid, num_prefix=model.num_prefix_tokens, carry=dict(carry or {}))
-    state = state.with_trace(x) if trace else state
+    state = _walk.start(x, grid, model.num_prefix_tokens, trace=trace, carry=carry)
     x, state = walk(model, x, state, record=record, each=each)
     return model.norm(x), state
 
@@ -107,25 +87,15 @@ def walk(
     model: nn.Module, x: Tensor, state: TokenState, *, record: list | None = None, each=None
 ) -> tuple[Tensor, TokenState]:
     """Tokens through all blocks with the model's reducer."""
-    reducer = model.token_reducer
-    x, state = reducer.begin(x, state)
-    saving = model.grad_checkpointing and torch.is_grad_enabled()
-    for layer, block in enumerate(model.blocks):
-        step = partial(run_block, parts(block), layer=layer, reducer=reducer, record=record)
-        x, state = checkpoint(step, x, state, use_reentrant=False) if saving else step(x, state)
-        if each is not None:
-            each(layer, x, state)
-    return x, state
+    blocks, saving = model.blocks, _walk.saves(model, model.grad_checkpointing)
+    return _walk.walk(
+        model, x, state, lambda layer: parts(blocks[layer]), len(blocks), saving=saving, record=record, each=each
+    )
 
 
 def methods(model: nn.Module) -> dict:
-    """The functions that replace the model's own, by name. ``partial`` survives deepcopy and pickling."""
-    own = {
-        "forward_features": partial(_forward_features, model),
-        "forward_intermediates": partial(_forward_intermediates, model),
-    }
-    # Pooling that reads the state happens in forward, the one place that has both.
-    return own | {"forward": partial(_forward, model)} if _pools(model) else own
+    """The functions that replace the model's own, by name."""
+    return _timm.methods(model, forward)
 
 
 def parts(block: nn.Module) -> BlockParts:
@@ -133,140 +103,27 @@ def parts(block: nn.Module) -> BlockParts:
     own, inner = block._modules, block.attn._modules  # plain dictionaries: this runs at every forward
     post = "ls1" not in own  # ResPostBlock: the norm sits behind the branch, where LayerScale would be
     attn, norm1, norm2 = own["attn"], own["norm1"], own["norm2"]
-    dropped = inner["attn_drop"]
+    dropped, present = inner["attn_drop"], _walk.present
     attention = AttentionBranch(
-        _same if post else norm1,
+        _walk.same if post else norm1,
         inner["qkv"],
         inner["proj"],
         num_heads=attn.num_heads,
         head_dim=attn.head_dim,
         scale=attn.scale,
-        q_norm=_present(inner["q_norm"]),
-        k_norm=_present(inner["k_norm"]),
-        out_norm=_present(inner.get("norm")),  # absent in older timm
+        q_norm=present(inner["q_norm"]),
+        k_norm=present(inner["k_norm"]),
+        out_norm=present(inner.get("norm")),  # absent in older timm
         gate=inner.get("gate"),
         proj_drop=inner["proj_drop"],
         attn_drop=dropped.p if dropped.training else 0.0,
-        layer_scale=norm1 if post else _present(own["ls1"]),
+        layer_scale=norm1 if post else present(own["ls1"]),
         drop_path=own["drop_path1"],
     )
     mlp = MlpBranch(
-        _same if post else norm2,
+        _walk.same if post else norm2,
         own["mlp"],
-        layer_scale=norm2 if post else _present(own["ls2"]),
+        layer_scale=norm2 if post else present(own["ls2"]),
         drop_path=own["drop_path2"],
     )
     return BlockParts(attention, mlp, block)
-
-
-def _pools(model):
-    return type(model.token_reducer).pool is not Reducer.pool or hasattr(model, "forward_tokens")
-
-
-def _forward(model, x, attn_mask=None, is_causal=False):
-    _no_mask(attn_mask, is_causal)
-    x, state = forward(model, x)
-    if hasattr(model, "forward_tokens"):  # a head that reads every token, not a pooled one
-        return model.forward_tokens(x, state)
-    return model.forward_head(model.token_reducer.pool(x, state))
-
-
-def _forward_features(model, x, attn_mask=None, is_causal=False):
-    _no_mask(attn_mask, is_causal)
-    x, state = forward(model, x)
-    if not state.packed:
-        return x
-    if hasattr(model, "forward_tokens"):
-        raise ValueError(
-            "forward_features: tokens must be padded for timm's forward_head, got images of different lengths (use "
-            "tokenprune_ext.features, or the model itself)"
-        )
-    return model.token_reducer.pool(x, state)
-
-
-def _forward_intermediates(
-    model,
-    x,
-    indices=None,
-    return_prefix_tokens=False,
-    norm=False,
-    stop_early=False,
-    output_fmt="NCHW",
-    intermediates_only=False,
-    output_dict=False,
-    attn_mask=None,
-    is_causal=False,
-):
-    """timm's ``forward_intermediates``: the maps are restored to the full grid, the final features stay reduced."""
-    _no_mask(attn_mask, is_causal)
-    if output_fmt not in ("NCHW", "NLC"):
-        raise ValueError(f"forward_intermediates: output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
-    from timm.models._features import feature_take_indices
-
-    wanted, _ = feature_take_indices(len(model.blocks), indices)
-    maps, prefixes = [], []
-
-    def take(layer, tokens, state):
-        if layer in wanted:
-            tokens = model.norm(tokens) if norm else tokens
-            front, rest = split_prefix(tokens, state)
-            patches = model.token_reducer.restore(rest, state)
-            if output_fmt == "NCHW":
-                patches = patches.transpose(1, 2).unflatten(2, state.grid).contiguous()
-            maps.append(patches)
-            prefixes.append(front)
-
-    features, _ = forward(model, x, trace=True, each=take)
-    with_prefix = return_prefix_tokens and model.num_prefix_tokens > 0
-    if output_dict:
-        result = {"image_intermediates": maps}
-        if with_prefix:
-            result["image_intermediates_prefix"] = prefixes
-        return result if intermediates_only else {**result, "image_features": features}
-    maps = list(zip(maps, prefixes, strict=True)) if with_prefix else maps
-    return maps if intermediates_only else (features, maps)
-
-
-def _no_mask(attn_mask, is_causal):
-    if attn_mask is not None or is_causal:
-        raise ValueError(
-            "patched model: attn_mask must be None and is_causal False (reduced tokens have no fixed places), "
-            f"got {'is_causal=True' if is_causal else 'a mask'}"
-        )
-
-
-def _check_block(name, block, library):
-    known = (library.Block, library.ResPostBlock)
-    if type(block).forward not in [cls.forward for cls in known] or "forward" in vars(block):
-        names = " or ".join(cls.__name__ for cls in known)
-        raise ValueError(f"patch: {name} must be a timm {names}, got {type(block).__name__}")
-    attn = block.attn
-    if type(attn).forward is not library.Attention.forward or "forward" in vars(attn):
-        raise ValueError(f"patch: {name}.attn must be a timm Attention, got {type(attn).__name__}")
-    _known(f"{name}.mlp", block.mlp, _MLPS)
-    for owner, path, part in (
-        (block, name, "norm1"),
-        (block, name, "norm2"),
-        *((attn, f"{name}.attn", n) for n in _INNER),
-    ):
-        if hasattr(owner, part):
-            _known(f"{path}.{part}", getattr(owner, part), _NORMS)
-    for part, kinds in (("ls1", _SCALES), ("ls2", _SCALES), ("drop_path1", _DROPS), ("drop_path2", _DROPS)):
-        if hasattr(block, part):
-            _known(f"{name}.{part}", getattr(block, part), kinds)
-    for part, module in block.named_children():
-        if part not in ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"):
-            raise ValueError(f"patch: {name} must have known parts only, got {part} ({type(module).__name__})")
-
-
-def _known(name, module, kinds):
-    if type(module).__name__ not in kinds:
-        raise ValueError(f"patch: {name} must be one of {list(kinds)}, got {type(module).__name__}")
-
-
-def _present(module):
-    return None if isinstance(module, nn.Identity) else module
-
-
-def _same(x):
-    return x

@@ -3,6 +3,7 @@
 
 from .block import AttentionBranch, BlockParts, BlockRecord, BlockRun, MlpBranch, gather_norm, run_block
 from .packed import PackedLinear, pack, unpack
+from .places import PairBias, Rotary
 from .state import (
     TokenState,
     pad_rows,
@@ -20,6 +21,8 @@ __all__ = [
     "BlockRun",
     "MlpBranch",
     "PackedLinear",
+    "PairBias",
+    "Rotary",
     "TokenState",
     "gather_norm",
     "pack",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .._library import cpu_loaded
 from ..ops import attention_scores, gather_layer_norm, gather_tokens, policy_attention, sparse_attention
 from .packed import PackedLinear, fused_mlp, fusible, idle, plain_norm, plain_scale
+from .places import PairBias, biased_attention, biased_policy_attention
 from .state import TokenState, sequence_of_row
 
 _WANTS = (None, "key", "keys", "cls", "mean")
@@ -25,23 +26,26 @@ class AttentionBranch:
 
     Args:
         norm: LayerNorm before the attention.
-        qkv: projection ``[..., C] -> [..., 3 * num_heads * head_dim]``, columns ordered q, k, v, then by head.
+        qkv: projection ``[..., C] -> [..., 3 * num_heads * head_dim]``, columns ordered q, k, v, then by head; or three
+            projections, of which those of keys and values may make fewer heads (grouped queries).
         proj: projection of the mixed values.
         num_heads, head_dim: heads and their width.
         scale: factor of the logits.
         q_norm, k_norm: applied to each head's queries and keys.
+        rotary: rotates queries and keys, ``(q, k, state) -> (q, k)`` (:class:`tokenprune_ext.nn.Rotary`).
+        pair_bias: added to the logits of every pair of tokens.
         out_norm: applied to the mixed values.
         gate: linear layer on the block's normalised input; its sigmoid multiplies the mixed values.
         proj_drop: dropout behind ``proj``.
         attn_drop: dropout probability on the attention weights while training. Fused attention has none: refused.
-        layer_scale: applied to the branch (LayerScale, or the norm of a post-norm block).
+        layer_scale: applied to the branch (LayerScale, or the norm of a post-norm block), or a factor per channel.
         drop_path: stochastic depth per image.
     """
 
     def __init__(
         self,
         norm: Callable,
-        qkv: Callable,
+        qkv: Callable | tuple[Callable, Callable, Callable],
         proj: Callable,
         *,
         num_heads: int,
@@ -49,11 +53,13 @@ class AttentionBranch:
         scale: float | None = None,
         q_norm: Callable | None = None,
         k_norm: Callable | None = None,
+        rotary: Callable | None = None,
+        pair_bias: PairBias | None = None,
         out_norm: Callable | None = None,
         gate: Callable | None = None,
         proj_drop: Callable | None = None,
         attn_drop: float = 0.0,
-        layer_scale: Callable | None = None,
+        layer_scale: Callable | Tensor | None = None,
         drop_path: nn.Module | None = None,
     ):
         self.norm = norm
@@ -61,6 +67,7 @@ class AttentionBranch:
         self.num_heads, self.head_dim = num_heads, head_dim
         self.logit_scale = head_dim**-0.5 if scale is None else scale
         self._q_norm, self._k_norm = q_norm, k_norm
+        self._rotary, self._pair_bias = rotary, pair_bias
         self._out_norm, self._gate, self._proj_drop = out_norm, gate, proj_drop
         self._attn_drop = attn_drop
         self._layer_scale, self._drop_path = layer_scale, drop_path
@@ -68,30 +75,48 @@ class AttentionBranch:
     @property
     def is_packed(self) -> bool:
         """Whether the layers were packed (:func:`tokenprune_ext.pack`), so that the branch beats the model's own code."""
-        return isinstance(self._qkv, PackedLinear)
+        return isinstance(self._proj, PackedLinear)
 
     @property
-    def exact(self) -> bool:
-        """Whether the branch does all that the module would do: attention weights are not dropped."""
-        return self._attn_drop == 0
+    def fused(self) -> bool:
+        """Whether the branch runs the fused attention, and does all that the module would do (no dropped weights)."""
+        return self._attn_drop == 0 and self._pair_bias is None
 
-    def qkv(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised tokens ``[..., C]`` -> queries, keys, values, each ``[..., H, D]`` (views of one tensor)."""
-        return self._heads(self._qkv(z))
+    def qkv(self, z: Tensor, state: TokenState) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised tokens ``[..., C]`` -> queries, keys, values, each ``[..., H, D]`` (rotated, where the model does)."""
+        return self._heads(
+            tuple(part(z) for part in self._qkv) if isinstance(self._qkv, tuple) else self._qkv(z), state
+        )
 
-    def _heads(self, qkv):
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+    def _heads(self, qkv, state):
+        if isinstance(qkv, tuple):
+            q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv)
+        else:
+            q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
         # A norm computes in float32 under autocast; attention takes one dtype.
         q = q if self._q_norm is None else self._q_norm(q).to(v.dtype)
         k = k if self._k_norm is None else self._k_norm(k).to(v.dtype)
+        if self._rotary is not None:
+            q, k = self._rotary(q, k, state)
+        if k.shape[-2] != q.shape[-2]:
+            k, v = (t.repeat_interleave(q.shape[-2] // t.shape[-2], -2) for t in (k, v))
         return q, k, v
 
-    def check_dropout(self) -> None:
+    def check_own_attention(self) -> None:
         """For methods that put their own attention between :meth:`qkv` and :meth:`out`.
 
         Raises:
-            ValueError: the model drops attention weights, which fused attention does not.
+            ValueError: the model's attention does what such a method does not: it drops attention weights, or adds a bias
+                to every pair of tokens.
         """
+        self._check_dropout()
+        if self._pair_bias is not None:
+            raise ValueError(
+                "attention must have no bias for pairs of tokens (relative positions) for a method that computes its own "
+                "attention, got one"
+            )
+
+    def _check_dropout(self):
         if self._attn_drop > 0:
             raise ValueError(
                 f"attn_drop must be 0 while training (fused attention drops no attention weights), got {self._attn_drop}"
@@ -101,7 +126,9 @@ class AttentionBranch:
         """Attention within each image: ``(mixed [..., H * D], by-product or None)``; see :meth:`__call__`."""
         if want not in _WANTS:
             raise ValueError(f"AttentionBranch.mix: want must be one of {_WANTS}, got {want!r}")
-        self.check_dropout()
+        self._check_dropout()
+        if self._pair_bias is not None:
+            return biased_attention(q, k, v, self._pair_bias, state, self.logit_scale, want)
         lead = q.shape[:-2]
         cu_seqlens, max_seqlen = state.sequences(q)
         q, k, v = (t.reshape(-1, self.num_heads, self.head_dim) for t in (q, k, v))
@@ -124,9 +151,11 @@ class AttentionBranch:
             product = attention_scores(q, k, lse, "mean", **ragged).mean(0).view(lead)
         return out.reshape(*lead, self.num_heads * self.head_dim), product
 
-    def mix_policy(self, q: Tensor, k: Tensor, v: Tensor, policy: Tensor, eps: float) -> Tensor:
+    def mix_policy(self, q: Tensor, k: Tensor, v: Tensor, state: TokenState, policy: Tensor, eps: float) -> Tensor:
         """Attention of padded tokens under a key policy ``[B, N]``: ``[B, N, H * D]``; see ``ops.policy_attention``."""
-        self.check_dropout()
+        self._check_dropout()
+        if self._pair_bias is not None:
+            return biased_policy_attention(q, k, v, self._pair_bias, state, policy, eps, self.logit_scale)
         return policy_attention(q, k, v, policy, eps, scale=self.logit_scale).flatten(2)
 
     def out(self, mixed: Tensor, z: Tensor) -> Tensor:
@@ -138,7 +167,7 @@ class AttentionBranch:
 
     def core(self, z: Tensor, state: TokenState, want: str | None = None):
         """Normalised tokens -> attention output (and the by-product, when one is wanted)."""
-        mixed, product = self.mix(*self.qkv(z), state, want)
+        mixed, product = self.mix(*self.qkv(z, state), state, want)
         y = self.out(mixed, z)
         return y if want is None else (y, product)
 
@@ -164,9 +193,12 @@ class AttentionBranch:
         """``x`` plus the branch (and the by-product); norm, projection and residual in one pass each when packed."""
         plain, gamma = plain_scale(self._layer_scale, self._drop_path)
         norm = plain_norm(self.norm)
-        packed = norm is not None and plain and fusible(self._qkv, x) and fusible(self._proj, x)
+        several = isinstance(self._qkv, tuple)
+        inner = (*self._qkv, self._proj) if several else (self._qkv, self._proj)
+        packed = norm is not None and plain and all(fusible(layer, x) for layer in inner)
         if packed and self._gate is None and idle(self._proj_drop):
-            mixed, product = self.mix(*self._heads(self._qkv.fused(x, norm=norm)), state, want)
+            qkv = tuple(part.fused(x, norm=norm) for part in inner[:-1])
+            mixed, product = self.mix(*self._heads(qkv if several else qkv[0], state), state, want)
             mixed = mixed if self._out_norm is None else self._out_norm(mixed)
             y = self._proj.fused(mixed, residual=x, scale=gamma)
             return y if want is None else (y, product)
@@ -184,7 +216,7 @@ class MlpBranch:
         norm: Callable,
         mlp: Callable,
         *,
-        layer_scale: Callable | None = None,
+        layer_scale: Callable | Tensor | None = None,
         drop_path: nn.Module | None = None,
     ):
         self.norm, self._mlp = norm, mlp
@@ -215,11 +247,14 @@ class BlockParts:
     Attributes:
         attention, mlp: the branches.
         original: the model's own block, ``[B, N, C] -> [B, N, C]``, or None when there is none.
+        start: ``state.index`` of the tokens that ``original`` is made for, where it takes their positions from their
+            order (rotary embedding, relative positions); None: it takes any tokens.
     """
 
     attention: AttentionBranch
     mlp: MlpBranch
     original: Callable | None = None
+    start: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -236,7 +271,7 @@ class BlockRun:
     """One block in the hands of a reducer: what ``Reducer.block`` receives as ``run``.
 
     ``run(x, state)`` runs the two sub-layers through the reducer; ``run.original(x, state)`` runs the model's own block
-    untouched where that computes the same (padded tokens without key bias), and the plain branches elsewhere;
+    untouched where that computes the same (padded tokens in their places, no key bias), the plain branches elsewhere;
     ``run.idle(x, state)`` is for the layers that a method leaves alone.
     """
 
@@ -254,9 +289,11 @@ class BlockRun:
         """The block without any reduction."""
         if self.record is not None:
             self._note(x, state, state.lengths(x))
-        exact = self.parts.original is not None and not state.packed and state.key_bias is None
-        if exact and not self.parts.attention.is_packed:
-            return self.parts.original(x), state
+        parts = self.parts
+        exact = parts.original is not None and not state.packed and state.key_bias is None
+        exact = exact and (parts.start is None or state.index is parts.start)
+        if exact and not parts.attention.is_packed:
+            return parts.original(x), state
         return self._branches(x, state)
 
     def idle(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
@@ -266,7 +303,7 @@ class BlockRun:
         compiled attention beats torch's (float64 excepted). They have no dropout of attention weights.
         """
         fused = x.device.type == "cpu" and x.dtype != torch.float64 and cpu_loaded()
-        if self.reducer.active and fused and self.parts.attention.exact:
+        if self.reducer.active and fused and self.parts.attention.fused:
             if self.record is not None:
                 self._note(x, state, state.lengths(x))
             return self._branches(x, state)
@@ -312,7 +349,8 @@ def gather_norm(norm: Callable, x: Tensor, rows: Tensor) -> Tensor:
 
 
 def _scaled(y, state, layer_scale, drop_path):
-    y = y if layer_scale is None else layer_scale(y)
+    if layer_scale is not None:
+        y = y * layer_scale if isinstance(layer_scale, Tensor) else layer_scale(y)
     if drop_path is None or isinstance(drop_path, nn.Identity):
         return y
     if not (state.packed and drop_path.training):

@@ -118,8 +118,8 @@ def plain_scale(layer_scale, drop_path) -> tuple[bool, Tensor | None]:
     """``(whether the branch's tail is only a factor per channel, that factor or None)``."""
     if not (drop_path is None or isinstance(drop_path, nn.Identity) or not drop_path.training):
         return False, None
-    if layer_scale is None:
-        return True, None
+    if layer_scale is None or isinstance(layer_scale, Tensor):
+        return True, layer_scale
     known = type(layer_scale).__name__ == "LayerScale" and hasattr(layer_scale, "gamma")
     return known, layer_scale.gamma if known else None
 

@@ -40,7 +40,10 @@ class TokenState:
     carry: dict[str, Tensor] = field(default_factory=dict)
 
     def with_trace(self, x: Tensor) -> "TokenState":
-        """The state of not yet reduced tokens ``x`` with a trace (``index`` and ``carry["parent"]``) begun."""
+        """The state of not yet reduced tokens ``x`` with a trace (``index`` and ``carry["parent"]``) begun.
+
+        An index that is there already stays (models that need to know their tokens' places start with one).
+        """
         if "parent" in self.carry:
             return self
         if self.packed:
@@ -50,8 +53,13 @@ class TokenState:
         else:
             batch, tokens = x.shape[:2]
             row = parent = torch.arange(tokens, dtype=torch.int32, device=x.device).repeat(batch, 1)
-        index = torch.where(row < self.num_prefix, -1, row - self.num_prefix)
+        index = torch.where(row < self.num_prefix, -1, row - self.num_prefix) if self.index is None else self.index
         return replace(self, index=index, carry={**self.carry, "parent": parent})
+
+    def with_index(self, x: Tensor) -> "TokenState":
+        """The state of not yet reduced, padded tokens ``x`` with ``index`` begun, without the rest of a trace."""
+        row = torch.arange(-self.num_prefix, x.shape[1] - self.num_prefix, dtype=torch.int32, device=x.device)
+        return replace(self, index=row.clamp(min=-1).repeat(x.shape[0], 1))
 
     def replace(self, **changes) -> "TokenState":
         """A copy with some attributes changed."""

@@ -25,6 +25,8 @@ class Reducer(nn.Module):
     """
 
     restore_at = "features"
+    own_attention = False
+    """Whether the method replaces the attention itself, between the branch's projections."""
 
     @property
     def active(self) -> bool:

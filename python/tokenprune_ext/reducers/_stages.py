@@ -107,7 +107,7 @@ class StagedPruning(Reducer):
         if policy is None:
             return super().attention(x, state, layer, branch)
         z = branch.norm(x)
-        mixed = branch.mix_policy(*branch.qkv(z), policy, self.eps if self.training else 0.0)
+        mixed = branch.mix_policy(*branch.qkv(z, state), state, policy, self.eps if self.training else 0.0)
         return x + branch.scale(branch.out(mixed, z), state), state
 
     def pool(self, x: Tensor, state: TokenState) -> Tensor:

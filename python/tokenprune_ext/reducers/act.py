@@ -273,6 +273,8 @@ class ACT(Reducer):
         fast_idle: other layers run the model's own block.
     """
 
+    own_attention = True
+
     def __init__(
         self,
         *,
@@ -324,9 +326,9 @@ class ACT(Reducer):
         """Attention of the groups between the branch's projections."""
         if layer not in self.layers:
             return super().attention(x, state, layer, branch)
-        branch.check_dropout()
+        branch.check_own_attention()
         z = branch.norm(x)
-        like, k, v = branch.qkv(z)
+        like, k, v = branch.qkv(z, state)
         valid, bias = real_tokens(like, state), head_bias(like, state)
         q, k, v = (head_rows(t, state) for t in (like * branch.logit_scale, k, v))
         groups = {name: self._group(t, name, layer, state, valid) for name, t in (("q", q), ("k", k))}

@@ -178,6 +178,8 @@ class ATS(Reducer):
         fast_idle: other layers run the model's own block.
     """
 
+    own_attention = True
+
     def __init__(
         self,
         *,
@@ -216,7 +218,7 @@ class ATS(Reducer):
         """Score, sample, and attend with the sampled queries only."""
         if layer not in self.layers:
             return super().attention(x, state, layer, branch)
-        branch.check_dropout()
+        branch.check_own_attention()
         if self.per_image:
             return self._step(x, state, layer, branch)
         if not state.uniform(x) or state.key_bias is not None:
@@ -239,7 +241,7 @@ class ATS(Reducer):
 
     def _step(self, x, state, layer, branch):
         z = branch.norm(x)
-        q, k, v = branch.qkv(z)
+        q, k, v = branch.qkv(z, state)
         if self.per_image:
             policy = _visible(x, state)
             scores = _scores_alone(q, k, v, state, branch.logit_scale)

@@ -110,7 +110,7 @@ class Hourglass(Reducer):
         prefix, patches = state.num_prefix, x.shape[1] - state.num_prefix
         if state.grid is None or math.prod(state.grid) != patches:
             raise ValueError(f"Hourglass: tokens must fill the patch grid {state.grid}, got {patches} patches")
-        features, traced = x[:, prefix:], "parent" in state.carry
+        features, traced = x[:, prefix:], state.index is not None
         centers = ops.cluster_tokens(
             features,
             state.grid,

@@ -244,6 +244,8 @@ class SMYRF(Reducer):
         fast_idle: other layers run the model's own block.
     """
 
+    own_attention = True
+
     def __init__(
         self,
         *,
@@ -289,9 +291,9 @@ class SMYRF(Reducer):
         """Clustered attention between the branch's projections."""
         if layer not in self.layers:
             return super().attention(x, state, layer, branch)
-        branch.check_dropout()
+        branch.check_own_attention()
         z = branch.norm(x)
-        like, k, v = branch.qkv(z)
+        like, k, v = branch.qkv(z, state)
         valid, bias = real_tokens(like, state), head_bias(like, state)
         q, k, v = (head_rows(t, state) for t in (like, k, v))
         alpha, beta = state.carry[f"smyrf.alpha.{layer}"], state.carry[f"smyrf.beta.{layer}"]
