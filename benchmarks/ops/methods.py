@@ -31,7 +31,7 @@ def tokens_of(rows: Tensor, heads: int = HEADS) -> Tensor:
 
 
 def act_groups(q: Tensor, projection: Tensor, offset: Tensor) -> Tensor:
-    """Group of every query from arXiv 2011.09315, section 3.2, in eager PyTorch."""
+    """Group of every query from arXiv 2011.09315 in eager PyTorch."""
     h = ((q.float() @ projection[0] + offset[0, :, 0]) / 8).floor().long()
     h = h - h.amin(1, keepdim=True)
     codes = (h << torch.arange(0, 2 * h.shape[-1], 2, device=q.device)).sum(-1)
@@ -57,7 +57,7 @@ def act_rows(q, k, v, groups):
 
 
 def smyrf_orders(q, k, alpha, beta):
-    """Orders ``[rounds, R, N]`` from arXiv 2010.05315, sections 3.1 and 3.2, in eager PyTorch."""
+    """Orders ``[rounds, R, N]`` from arXiv 2010.05315 in eager PyTorch."""
     q, k = q.float(), k.float()
     q_norm, k_norm = q.norm(dim=-1, keepdim=True), k.norm(dim=-1, keepdim=True)
     total = q_norm.amax(1, keepdim=True) ** 2 + k_norm.amax(1, keepdim=True) ** 2
@@ -88,7 +88,7 @@ def smyrf_rows(q, k, v, q_order, k_order, size):
 
 
 def ats_step(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """ATS in eager PyTorch from arXiv 2111.15667, section 3, and its published code; every token is real.
+    """ATS in eager PyTorch from arXiv 2111.15667 and its published behaviour; every token is real.
 
     Args:
         q, k, v: ``[B, N, H, D]``.

@@ -84,7 +84,7 @@ def split(x, state):
     return x.split(state.cu_seqlens.diff().tolist())
 
 
-def compile_over_counts(blocks, reducer, *, packed=False, backend="aot_eager", counts=range(30, 40), **config):
+def compile_over_counts(blocks, reducer, *, packed=False, backend="aot_eager", counts=range(30, 36), **config):
     """One compilation serves all token counts and gives the eager results; ``config``: of ``torch._dynamo``."""
     torch._dynamo.reset()
 

@@ -269,9 +269,16 @@ def test_protocol(check, options):
 
 
 @pytest.mark.skipif(not protocol._library.cpu_loaded(), reason="the references read lengths on the host")
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.extended)])
 def test_compiles_once_without_reading_a_count(packed):
     compile_over_counts(tiny_blocks(2), make(q_hashes=6, layers=[0, 1]), packed=packed)
+
+
+@pytest.mark.extended
+@pytest.mark.skipif(not protocol._library.cpu_loaded(), reason="the references read lengths on the host")
+@pytest.mark.parametrize("options", OPTIONS)
+def test_compiled_training_step(options):
+    protocol.test_compiled_training_step("act", options)
 
 
 @pytest.mark.parametrize(

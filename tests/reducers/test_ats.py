@@ -248,6 +248,32 @@ def test_hidden_tokens_are_no_candidates():
         walk(blocks, x, make(layers=[0], per_image=False), TokenState(num_prefix=1, key_bias=bias))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_restore_puts_patches_back(packed):
+    blocks, x, reducer = tiny_blocks(), tokens(3, 18), make(layers=[1, 2])
+    state = TokenState(num_prefix=1).with_trace(x)
+    x, state = state.as_packed(x) if packed else (x, state)
+    y, state = walk(blocks, x, reducer, state)
+    images = split(y, state) if packed else y
+    patches = torch.cat([image[1:] for image in images]) if packed else y[:, 1:]
+    full = reducer.restore(patches, state)
+    for image, places, parent in zip(images, full, state.carry["parent"]):
+        for place, row in zip(places, parent[1:].tolist()):
+            assert torch.equal(place, image[row] if row >= 0 else torch.zeros_like(place))
+
+
+def test_pooling_means_over_the_patches_that_are_left():
+    x, reducer = tokens(3, 18), make(layers=[1, 2])
+    y, state = walk(tiny_blocks(), x, reducer)
+    pooled = reducer.pool(y, state)
+    for image, mean, rows in zip(y, pooled[:, 1:].mean(1), state.carry["ats.rows.2"]):
+        torch.testing.assert_close(mean, image[1 : int((rows >= 0).sum())].mean(0))
+    assert torch.equal(pooled[:, 0], y[:, 0])
+    published = make(layers=[1], per_image=False)
+    y, state = walk(tiny_blocks(), x, published)
+    assert published.pool(y, state) is y
+
+
 @pytest.mark.parametrize("fast_idle", [True, False])
 def test_inactive_runs_the_original_blocks(fast_idle):
     y, _ = walk(tiny_blocks(), tokens(), make(layers=[], fast_idle=fast_idle))
@@ -276,12 +302,21 @@ def test_protocol_of_packed_tokens(options):
 
 
 @pytest.mark.skipif(not protocol._library.cpu_loaded(), reason="the references read lengths on the host")
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.extended)])
+@pytest.mark.parametrize(
+    "options", [*OPTIONS[:1], *(pytest.param(options, marks=pytest.mark.extended) for options in OPTIONS[1:])]
+)
 def test_compiles_once(options, packed):
     fixed = options.get("drop_tokens") is False and (not packed or options.get("per_image") is False)
     reducer = make(**{**options, "layers": [0, 1]})
     compile_over_counts(tiny_blocks(2), reducer, packed=packed, capture_dynamic_output_shape_ops=not fixed)
+
+
+@pytest.mark.extended
+@pytest.mark.skipif(not protocol._library.cpu_loaded(), reason="the references read lengths on the host")
+@pytest.mark.parametrize("options", OPTIONS)
+def test_compiled_training_step(options):
+    protocol.test_compiled_training_step("ats", options)
 
 
 def test_wrong_arguments():

@@ -264,11 +264,18 @@ def test_protocol(check, options):
 
 
 @pytest.mark.skipif(not protocol._library.cpu_loaded(), reason="the references read lengths on the host")
-@pytest.mark.parametrize("per_row", [True, False])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("per_row", [True, pytest.param(False, marks=pytest.mark.extended)])
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.extended)])
 def test_compiles_once(packed, per_row):
     reducer = make(rounds=8, cluster_size=8, layers=[0, 1], per_row=per_row)
     compile_over_counts(tiny_blocks(2), reducer, packed=packed)
+
+
+@pytest.mark.extended
+@pytest.mark.skipif(not protocol._library.cpu_loaded(), reason="the references read lengths on the host")
+@pytest.mark.parametrize("options", OPTIONS)
+def test_compiled_training_step(options):
+    protocol.test_compiled_training_step("smyrf", options)
 
 
 X, ORDER = draw(2, 6, 8), orders(3, 2, 6)[0]

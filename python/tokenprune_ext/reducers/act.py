@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """ACT: queries that hash alike share one row of the attention (Zheng et al., arXiv 2011.09315).
 
-Locality-sensitive hashing gives every query of a head an integer code (section 3.2); queries with equal codes form a
-group, the mean of a group attends to all keys, and every member receives its result. Keys may be grouped likewise, each
-group weighted with its size. The number of groups depends on the data and is never read back: there is a slot for every
-token, and the slots that no group fills belong to no sequence.
+Locality-sensitive hashing gives every query of a head an integer code; queries with equal codes form a group, the mean of
+a group attends to all keys, and every member receives its result. Keys may be grouped likewise, each group weighted with
+its size. The number of groups depends on the data and is never read back: there is a slot for every token, and the slots
+that no group fills belong to no sequence.
 """
 
 import math
@@ -270,7 +270,7 @@ class ACT(Reducer):
         width: of the hash buckets.
         embed_dim, head_dim: of the model; one of them is needed for the draws.
         generator: random generator of the draws.
-        fast_idle: other layers run the model's own block.
+        fast_idle: other layers run the model's own block, or what is as good and faster.
     """
 
     own_attention = True
@@ -304,6 +304,11 @@ class ACT(Reducer):
         self.width, self.generator, self.fast_idle = width, generator, fast_idle
         self.head_dim = embed_dim if head_dim is None else head_dim  # heads are never wider than the model
 
+    @property
+    def active(self) -> bool:
+        """Whether any layer groups."""
+        return bool(self.layers)
+
     def begin(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
         """Draw the projections and offsets of all layers, except where they are given."""
         draws = {}
@@ -320,7 +325,7 @@ class ACT(Reducer):
 
     def block(self, x: Tensor, state: TokenState, layer: int, run) -> tuple[Tensor, TokenState]:
         """The model's own block in other layers."""
-        return run.original(x, state) if layer not in self.layers and self.fast_idle else run(x, state)
+        return run.idle(x, state) if layer not in self.layers and self.fast_idle else run(x, state)
 
     def attention(self, x: Tensor, state: TokenState, layer: int, branch) -> tuple[Tensor, TokenState]:
         """Attention of the groups between the branch's projections."""

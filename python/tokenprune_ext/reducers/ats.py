@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """ATS: adaptive token sampling (Fayyaz et al., arXiv 2111.15667).
 
-The class token's attention times the norm of the values scores the tokens (eq. 3); inverse transform sampling on a fixed
-grid picks from the scores' cumulative distribution (section 3.2), so that few tokens suffice where few hold the weight.
+The class token's attention times the norm of the values scores the tokens; inverse transform sampling on a fixed grid
+picks from the scores' cumulative distribution, so that few tokens suffice where few hold the weight.
 Only picked tokens are queries of the layer; keys and values stay complete. Every image keeps a number of its own.
 """
 
@@ -17,6 +17,7 @@ from ..nn import TokenState
 from ..ops import gather_tokens, policy_attention, select_tokens, sparse_attention
 from ..ops._register import check, check_floating, stat_dtype
 from ._base import Reducer, register
+from ._trace import restore_by_parent
 
 __all__ = ["ATS", "Sample", "ats_sample", "ats_scores", "ats_smooth_row"]
 
@@ -175,7 +176,7 @@ class ATS(Reducer):
             fixed. Packed tokens are always cut.
         num_prefix: leading tokens that are no patches; they are always kept. The state's number wins while running.
         class_token: whether the first token is a class token, which is needed.
-        fast_idle: other layers run the model's own block.
+        fast_idle: other layers run the model's own block, or what is as good and faster.
     """
 
     own_attention = True
@@ -206,13 +207,18 @@ class ATS(Reducer):
         self.layers, self.per_image, self.residual, self.eps = layers, per_image, residual, eps
         self.drop_tokens, self.num_prefix, self.fast_idle = drop_tokens, num_prefix, fast_idle
 
+    @property
+    def active(self) -> bool:
+        """Whether any layer samples."""
+        return bool(self.layers)
+
     def begin(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
         """Note which tokens each image starts with (``ats.initial``, bool ``[B, N]``): they make the sampling grid."""
         return x, state.with_carry(**{"ats.initial": _visible(x, state)})
 
     def block(self, x: Tensor, state: TokenState, layer: int, run) -> tuple[Tensor, TokenState]:
         """The model's own block in other layers."""
-        return run.original(x, state) if layer not in self.layers and self.fast_idle else run(x, state)
+        return run.idle(x, state) if layer not in self.layers and self.fast_idle else run(x, state)
 
     def attention(self, x: Tensor, state: TokenState, layer: int, branch) -> tuple[Tensor, TokenState]:
         """Score, sample, and attend with the sampled queries only."""
@@ -234,6 +240,19 @@ class ATS(Reducer):
         y, state = super().mlp(x, state, layer, branch)
         policy = state.carry.get("ats.policy") if layer in self.layers else None
         return (y if policy is None else y * policy.reshape(*y.shape[:-1], 1).to(y.dtype)), state
+
+    def pool(self, x: Tensor, state: TokenState) -> Tensor:
+        """Padding counts for nothing, the patches scaled so that their plain mean is the mean over the real ones."""
+        policy = state.carry.get("ats.policy")
+        if policy is None or state.packed or not self.per_image:
+            return x
+        patches = policy[:, state.num_prefix :].to(x.dtype)
+        weight = patches * (patches.shape[1] / patches.sum(1, keepdim=True).clamp(min=1))
+        return x * F.pad(weight, (state.num_prefix, 0), value=1.0)[..., None]
+
+    def restore(self, y: Tensor, state: TokenState) -> Tensor:
+        """Sampled patches go back to their places, zeros elsewhere: ``[B, n, ...] -> [B, N0, ...]``."""
+        return restore_by_parent("ATS", y, state)
 
     def plan(self, depth: int, n: int) -> list[tuple[int, int]] | None:
         """The counts depend on the data."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """SMYRF: attention within balanced clusters of queries and keys, over several rounds (Daras et al., arXiv 2010.05315).
 
-An asymmetric transform makes the inner product of a query and a key a function of their distance (section 3.1); random
-projections order queries and keys of every head alike, and the ordered lists are cut into clusters of equal size that
-attend among themselves (section 3.2). Rounds are merged by their log-sum-exp (section 3.3).
+An asymmetric transform makes the inner product of a query and a key a function of their distance; random projections
+order queries and keys of every head alike, and the ordered lists are cut into clusters of equal size that attend among
+themselves. Rounds are merged by their log-sum-exp.
 """
 
 import math
@@ -241,7 +241,7 @@ class SMYRF(Reducer):
         width: of the range of the offsets.
         embed_dim, head_dim: of the model; one of them is needed for the draws.
         generator: random generator of the draws.
-        fast_idle: other layers run the model's own block.
+        fast_idle: other layers run the model's own block, or what is as good and faster.
     """
 
     own_attention = True
@@ -271,6 +271,11 @@ class SMYRF(Reducer):
         self.width, self.generator, self.fast_idle = width, generator, fast_idle
         self.head_dim = embed_dim if head_dim is None else head_dim  # heads are never wider than the model
 
+    @property
+    def active(self) -> bool:
+        """Whether any layer clusters."""
+        return bool(self.layers)
+
     def begin(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
         """Draw the projections of all layers, except where they are given."""
         draws = {}
@@ -285,7 +290,7 @@ class SMYRF(Reducer):
 
     def block(self, x: Tensor, state: TokenState, layer: int, run) -> tuple[Tensor, TokenState]:
         """The model's own block in other layers."""
-        return run.original(x, state) if layer not in self.layers and self.fast_idle else run(x, state)
+        return run.idle(x, state) if layer not in self.layers and self.fast_idle else run(x, state)
 
     def attention(self, x: Tensor, state: TokenState, layer: int, branch) -> tuple[Tensor, TokenState]:
         """Clustered attention between the branch's projections."""
