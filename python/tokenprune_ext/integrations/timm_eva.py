@@ -101,7 +101,8 @@ def parts(block: nn.Module, rope: Tensor | None = None, rotary: Rotary | None = 
         rotary: the same, for reduced tokens.
     """
     own, inner = block._modules, block.attn._modules  # plain dictionaries: this runs at every forward
-    post = "gamma_1" not in block._parameters  # the norm sits behind the branch, where LayerScale would be
+    # In a post-norm block the norm sits behind the branch, where LayerScale would be.
+    post = "gamma_1" not in block._parameters and "gamma_1" not in block.__dict__
     attn, norm1, norm2 = own["attn"], own["norm1"], own["norm2"]
     dropped, present = inner["attn_drop"], _walk.present
     attention = AttentionBranch(
