@@ -42,7 +42,7 @@ format: $(VENV)/.deps
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*' 'tests/csrc/*')
 
 docs: $(VENV)/.built
-	$(BIN)/pip install --quiet mkdocs mkdocs-material
+	$(BIN)/pip install --quiet "mkdocs>=1.6,<2" "mkdocs-material>=9.5,<10"
 	$(BIN)/mkdocs build --strict
 
 wheel: $(VENV)/.deps
@@ -62,4 +62,4 @@ sanitize: $(VENV)/.deps
 	bash tools/sanitize_cpu.sh
 
 clean:
-	rm -rf build dist out python/tokenprune_ext/*.so python/tokenprune_ext/_build_info.json $(VENV)/.built
+	rm -rf build dist out site python/tokenprune_ext/*.so python/tokenprune_ext/_build_info.json $(VENV)/.built

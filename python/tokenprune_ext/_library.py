@@ -71,10 +71,12 @@ def hopper_unit(name: str, device: torch.device):
 
     They stay off until a GPU has shown them right and faster.
     """
+    if device.type != "cuda":
+        return None
     wanted = os.environ.get("TOKENPRUNE_HOPPER", "")
     if wanted not in ("", "0", "1"):
         raise ValueError(f"tokenprune: TOKENPRUNE_HOPPER must be 0 or 1, got {wanted!r}")
-    if wanted != "1" or device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+    if wanted != "1" or torch.cuda.get_device_capability(device) != (9, 0):
         return None
     unit = getattr(torch.ops.tokenprune_sm90a, name, None)
     return unit and unit.default
