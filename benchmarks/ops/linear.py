@@ -37,7 +37,7 @@ def _layer(context: Context, dtype: torch.dtype, shape: tuple) -> Prepared:
 
     def reference():
         rows = F.linear(packed.double().cpu(), weight.double().cpu(), bias.double().cpu())
-        return features.double().cpu().index_add(0, long.cpu(), rows)
+        return (features.double().cpu().index_add(0, long.cpu(), rows),)
 
     return Prepared(
         ours=ours,
