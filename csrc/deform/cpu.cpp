@@ -1,12 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // CPU registration: checks, allocation and the loops over ranges of queries and bands of values.
-#include <algorithm>
-
 #include "../common/dtype.h"
 #include "../common/pages.h"
-#include "../common/parallel.h"
-#include "checks.h"
-#include "cpu_kernels.h"
+#include "cpu_order.h"
 
 namespace tokenprune {
 namespace {
@@ -15,7 +11,6 @@ using Optional = std::optional<Tensor>;
 
 const DeformKernels& kernels(Dtype dtype) { return dtype == kFloat64 ? deform_kernels_generic : deform_kernels(); }
 
-constexpr int64_t kRange = 64;              // queries per item
 constexpr int64_t kMostBand = 8 << 20;      // bytes of one band's gradient
 constexpr int64_t kMostStreams = 64 << 20;  // bytes of the streams of one group of images
 
@@ -24,15 +19,13 @@ int64_t bytes_of(const Tensor& t) {
   return t.numel() * (dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2);
 }
 
-// f(range) for ranges of the queries of `images` images.
+// f(range) for all ranges of queries of `images` images.
 template <typename F>
-void for_ranges(const DeformParams& p, int64_t first_image, int64_t images, const F& f) {
-  const int64_t ranges = (p.queries + kRange - 1) / kRange;
+void for_ranges(const DeformParams& p, const QueryOrder& order, int64_t first_image, int64_t images, const F& f) {
+  const auto [first, last] = order.ranges_of(first_image, images);
   const int64_t work = p.heads * (p.levels * p.points + 1) * (p.dim / 4 + 8);
-  parallel_items(images * ranges, kRange * work, [&](int64_t item) {
-    const int64_t begin = item % ranges * kRange;
-    f(QueryRange{first_image + item / ranges, begin, std::min(kRange, p.queries - begin)});
-  });
+  parallel_items(last - first, std::min(kRange, p.queries) * work,
+                 [&, first = first](int64_t item) { f(order.ranges()[first + item]); });
 }
 
 Tensor forward(DeformCall& call) {
@@ -42,7 +35,8 @@ Tensor forward(DeformCall& call) {
   prefer_huge_pages(p.out, bytes_of(out));
   const DeformKernels& table = kernels(dtype);
   const int64_t bytes = table.forward_scratch(p);
-  for_ranges(p, 0, p.batch, [&](QueryRange range) { table.forward(dtype, p, range, thread_scratch(bytes)); });
+  const QueryOrder order(call);
+  for_ranges(p, order, 0, p.batch, [&](QueryRange range) { table.forward(dtype, p, range, thread_scratch(bytes)); });
   return out;
 }
 
@@ -72,12 +66,14 @@ void backward(DeformCall& call, const Tensor& grad_value) {
   const int64_t bands = count_bands(p, group), part = group * per_image + 64;  // readable beyond the end
   const int64_t points_bytes = table.backward_points_scratch(p), values_bytes = table.backward_values_scratch(p, bands);
   Tensor memory = torch::stable::new_empty(call.like, {3, part}, call.stat);
+  const QueryOrder order(call);
   PointStreams s;
+  s.order_stride = order.stride();
   s.xy = memory.mutable_data_ptr(), s.weight = static_cast<char*>(s.xy) + 2 * part * size;
   for (int64_t first = 0; first < p.batch; first += group) {
     const int64_t images = std::min(group, p.batch - first);
-    s.first_image = first;
-    for_ranges(p, first, images,
+    s.first_image = first, s.order = order.order(first);
+    for_ranges(p, order, first, images,
                [&](QueryRange range) { table.backward_points(dtype, p, s, range, thread_scratch(points_bytes)); });
     parallel_items(
         images * p.heads * p.levels * bands, (p.queries * p.points + p.tokens) * (p.dim / 4 + 8),

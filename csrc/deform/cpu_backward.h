@@ -9,19 +9,19 @@
 namespace tokenprune {
 inline namespace TOKENPRUNE_ISA {
 
-// Position in the streams of the points of (image, head, level, query).
+// Where the streams hold the points of the query at a position of the order.
 inline int64_t stream_at(const DeformParams& p, const PointStreams& s, int64_t image, int64_t head, int64_t level,
-                         int64_t query) {
-  return ((((image - s.first_image) * p.heads + head) * p.levels + level) * p.queries + query) * p.points;
+                         int64_t position) {
+  return ((((image - s.first_image) * p.heads + head) * p.levels + level) * p.queries + position) * p.points;
 }
 
 template <typename C>
 void write_streams(const DeformParams& p, const PointStreams& s, QueryRange run, const PointArrays<C>& a) {
   const C *from_xy = a.xy, *from_weight = a.weight;
-  for (int64_t q = run.begin; q < run.begin + run.count; ++q) {
+  for (int64_t position = run.begin; position < run.begin + run.count; ++position) {
     for (int64_t head = 0; head < p.heads; ++head) {
       for (int64_t l = 0; l < p.levels; ++l) {
-        const int64_t at = stream_at(p, s, run.image, head, l, q);
+        const int64_t at = stream_at(p, s, run.image, head, l, position);
         C *xy = static_cast<C*>(s.xy) + 2 * at, *weight = static_cast<C*>(s.weight) + at;
         for (int64_t k = 0; k < 2 * p.points; ++k) xy[k] = *from_xy++;
         for (int64_t k = 0; k < p.points; ++k) weight[k] = *from_weight++;
@@ -114,7 +114,7 @@ void fill_box_units(const DeformParams& p, QueryRange run, C* unit) {
   const C factor = C(0.5) / static_cast<C>(p.points);
   for (int64_t i = 0; i < run.count; ++i, unit += 2 * query_points(p)) {
     for_levels(p, 1, [&](int64_t k, int64_t l) {
-      const C* r = reference_row<C>(p, run.image, run.begin + i, l);
+      const C* r = reference_row<C>(p, run.image, run.query(i), l);
       fill_pairs(unit + 2 * k, p.points, r[2] * factor * level_width<C>(p, l), r[3] * factor * level_height<C>(p, l));
     });
   }
@@ -154,10 +154,9 @@ template <typename O, typename C>
 void write_gradients(const DeformParams& p, QueryRange run, const PointArrays<C>& a, C* grad_xy, C* grad_weight,
                      C* unit) {
   const int64_t n = run.count * query_points(p);
-  const int64_t first = (run.image * p.queries + run.begin) * query_points(p);
   if (p.grad_reference != nullptr) {
     for (int64_t i = 0; i < run.count; ++i) {
-      reference_gradient<O, C>(p, run.image, run.begin + i, grad_xy + 2 * i * query_points(p));
+      reference_gradient<O, C>(p, run.image, run.query(i), grad_xy + 2 * i * query_points(p));
     }
   }
   if (!p.fused) {
@@ -169,8 +168,11 @@ void write_gradients(const DeformParams& p, QueryRange run, const PointArrays<C>
       scale_gradient<C>(grad_xy, unit, 2 * n);
     }
   }
-  narrow<O>(grad_xy, static_cast<O*>(p.grad_locations) + 2 * first, 2 * n);
-  narrow<O>(grad_weight, static_cast<O*>(p.grad_weights) + first, n);
+  for (int64_t i = 0; i < run.count; ++i) {
+    const int64_t to = (run.image * p.queries + run.query(i)) * query_points(p), from = i * query_points(p);
+    narrow<O>(grad_xy + 2 * from, static_cast<O*>(p.grad_locations) + 2 * to, 2 * query_points(p));
+    narrow<O>(grad_weight + from, static_cast<O*>(p.grad_weights) + to, query_points(p));
+  }
 }
 
 template <typename T>
@@ -182,14 +184,14 @@ void backward_queries(const DeformParams& p, const PointStreams& s, QueryRange r
   C *dots = arena.take<C>(4 * padded), *grad_xy = arena.take<C>(2 * padded), *grad_weight = arena.take<C>(padded);
   C *unit = arena.take<C>(2 * padded), *grad = arena.take<C>(round_up(p.dim, kBlock<T>));
   const T* value = static_cast<const T*>(p.value) + range.image * p.value_batch;
-  fetch_values<T>(p, range);
+  fetch<T>(p, range);
   for_runs(p, range, [&](QueryRange run) {
     stage<T>(p, run, a);
     resolve_points(p, run, a);
     write_streams(p, s, run, a);
     int64_t k = 0;
     for (int64_t i = 0; i < run.count; ++i) {
-      const T* row = query_row<T>(p.grad_out, run.image, run.begin + i);
+      const T* row = query_row<T>(p.grad_out, run.image, run.query(i));
       for (int64_t head = 0; head < p.heads; ++head, k += head_points(p)) {
         load_grad<T>(row + head * p.dim, p.dim, grad);
         const T* base = value + head * p.value_head;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Bringing the values into the cache before the points ask for them. Points read short pieces all over the levels,
-// which no hardware prefetcher foresees, and a core keeps too few misses in flight to hide main memory. But queries
-// usually sweep the image from top to bottom, so the rows of pixels that a range of queries will be the first to read
-// are read in one long piece each, at several times the speed. Nothing but time depends on it.
+// which no hardware prefetcher foresees, and a core keeps too few misses in flight to hide main memory. But a range of
+// queries covers a part of the image, so the pixels there (a few further down and to the right, where other ranges have
+// not been) are read in long pieces, at several times the speed. Nothing but time depends on it.
 #pragma once
 
 #include "cpu_points.h"
@@ -11,47 +11,56 @@ namespace tokenprune {
 inline namespace TOKENPRUNE_ISA {
 
 constexpr int64_t kWorthFetching = 2 << 20;  // bytes of values: fewer stay in the cache anyway
-constexpr double kFetchAhead = 6;            // pixels by which points are expected to leave their query
+constexpr float kFetchAhead = 6;             // pixels by which points are expected to leave their query
 
-// Vertical position of a query in the image: of its reference, or the mean of its points.
-template <typename C>
-inline double query_height(const DeformParams& p, int64_t image, int64_t query) {
-  if (p.fused) return reference_row<C>(p, image, query, 0)[1];
-  const C* xy = query_row<C>(p.locations, image, query);
-  const int64_t n = query_points(p);
-  double sum = 0;
-  for (int64_t k = 0; k < n; ++k) sum += xy[2 * k + 1];
-  return sum / static_cast<double>(n);
+// Loads, not prefetch instructions: those do not wake the hardware's own prefetcher.
+inline void touch(const char* p, int64_t bytes) {
+  int64_t sum = 0;
+  for (int64_t i = 0; i < bytes; i += 64) sum += p[i];
+  __asm__ volatile("" : : "r"(sum));
 }
 
-inline int64_t fetch_limit(double position, int64_t height) {
-  const double row = position * static_cast<double>(height) + kFetchAhead;
-  return row > 0 ? static_cast<int64_t>(row < static_cast<double>(height) ? row : static_cast<double>(height)) : 0;
+// First pixel not to fetch, for an edge of the part; the image's own edges stay where they are.
+inline int64_t fetch_limit(float edge, int64_t size) {
+  if (edge <= 0) return 0;
+  const int64_t pixel = static_cast<int64_t>(edge * static_cast<float>(size) + kFetchAhead);
+  return edge >= 1 || pixel > size ? size : pixel;
 }
 
 template <typename T>
 void fetch_values(const DeformParams& p, QueryRange range) {
-  using C = Compute<T>;
-  const int64_t pixel = p.value_token * static_cast<int64_t>(sizeof(T)), n = head_points(p);
-  if (p.tokens * pixel < kWorthFetching || n == 0 || p.heads == 0 || p.value_head >= p.value_token) return;
-  const double to = query_height<C>(p, range.image, range.begin + range.count - 1);
-  const double from = range.begin == 0 ? -1e9 : query_height<C>(p, range.image, range.begin - 1);
-  if (!(to > from)) return;
+  const int64_t pixel = p.value_token * static_cast<int64_t>(sizeof(T));
+  if (!(range.right > range.left) || p.tokens * pixel < kWorthFetching || p.value_head >= p.value_token) return;
   int64_t pixels = 0;
   for (int64_t l = 0; l < p.levels; ++l) {
-    const int64_t rows = fetch_limit(to, p.level[l].height) - fetch_limit(from, p.level[l].height);
-    pixels += rows * p.level[l].width;
+    const int64_t h = p.level[l].height, w = p.level[l].width;
+    pixels += (fetch_limit(range.bottom, h) - fetch_limit(range.top, h)) *
+              (fetch_limit(range.right, w) - fetch_limit(range.left, w));
   }
-  if (2 * pixels > 4 * n * range.count) return;  // scattered queries: most of it would be read for nothing
+  if (pixels > 2 * head_points(p) * range.count) return;  // few queries: most of it would be read for nothing
+  const char* value = reinterpret_cast<const char*>(static_cast<const T*>(p.value) + range.image * p.value_batch);
   for (int64_t l = 0; l < p.levels; ++l) {
-    const int64_t first = fetch_limit(from, p.level[l].height), last = fetch_limit(to, p.level[l].height);
-    const char* at = reinterpret_cast<const char*>(static_cast<const T*>(p.value) + range.image * p.value_batch) +
-                     (p.level[l].start + first * p.level[l].width) * pixel;
-    const int64_t bytes = (last - first) * p.level[l].width * pixel;
-    int64_t sum = 0;
-    for (int64_t i = 0; i < bytes; i += 64) sum += at[i];
-    __asm__ volatile("" : : "r"(sum));
+    const int64_t h = p.level[l].height, w = p.level[l].width;
+    const int64_t left = fetch_limit(range.left, w), right = fetch_limit(range.right, w);
+    for (int64_t y = fetch_limit(range.top, h); y < fetch_limit(range.bottom, h); ++y) {
+      const char* row = value + (p.level[l].start + y * w) * pixel;
+      touch(row + left * pixel, (right - left) * pixel);
+    }
   }
+}
+
+// The rows of a range, that come in an order of their own.
+inline void fetch_rows(const QueryRows& rows, QueryRange range, int64_t count, int64_t size) {
+  const char* base = static_cast<const char*>(rows.data) + range.image * rows.batch_stride * size;
+  for (int64_t i = 0; i < range.count; ++i) touch(base + range.query(i) * rows.query_stride * size, count * size);
+}
+
+template <typename T>
+void fetch(const DeformParams& p, QueryRange range) {
+  const int64_t size = p.fused && p.offsets_are_values ? sizeof(T) : sizeof(Compute<T>);
+  fetch_values<T>(p, range);
+  fetch_rows(p.locations, range, 2 * query_points(p), size);
+  fetch_rows(p.weights, range, query_points(p), size);
 }
 
 }  // namespace TOKENPRUNE_ISA

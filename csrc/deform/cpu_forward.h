@@ -80,13 +80,14 @@ void forward_queries(const DeformParams& p, QueryRange range, char* scratch) {
   Arena arena{scratch};
   const PointArrays<C> a = take_points<C>(p, arena);
   const T* value = static_cast<const T*>(p.value) + range.image * p.value_batch;
-  T* out = static_cast<T*>(p.out) + (range.image * p.queries + range.begin) * p.heads * p.dim;
-  fetch_values<T>(p, range);
+  T* all = static_cast<T*>(p.out) + range.image * p.queries * p.heads * p.dim;
+  fetch<T>(p, range);
   for_runs(p, range, [&](QueryRange run) {
     stage<T>(p, run, a);
     resolve_points(p, run, a);
     int64_t k = 0;
     for (int64_t i = 0; i < run.count; ++i) {
+      T* out = all + run.query(i) * p.heads * p.dim;
       for (int64_t head = 0; head < p.heads; ++head, k += head_points(p), out += p.dim) {
         sample_query<T>(p, {value + head * p.value_head, p.value_token}, a, k, out);
       }

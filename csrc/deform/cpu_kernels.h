@@ -8,9 +8,13 @@
 
 namespace tokenprune {
 
-// Queries [begin, begin + count) of one image.
+// Some queries of one image: positions [begin, begin + count) of the order in which its queries are visited.
 struct QueryRange {
   int64_t image = 0, begin = 0, count = 0;
+  const int32_t* order = nullptr;
+  // The part of the image, 0..1, whose values these queries are the first to read; empty when nothing is known.
+  float left = 0, right = 0, top = 0, bottom = 0;
+  int64_t query(int64_t i) const { return order[begin + i]; }
 };
 
 // Pixel coordinates and weights of the points of some images by (image, head, level), so that the gradient of one level
@@ -18,6 +22,8 @@ struct QueryRange {
 struct PointStreams {
   void *xy = nullptr, *weight = nullptr;  // [images, heads, levels, queries, points (, 2)] compute type
   int64_t first_image = 0;
+  const int32_t* order = nullptr;  // of the queries, [images, queries] with order_stride between images
+  int64_t order_stride = 0;
 };
 
 struct DeformKernels {

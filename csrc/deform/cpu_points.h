@@ -25,8 +25,11 @@ inline int64_t run_queries(const DeformParams& p) {
 // f(queries of this run) for the runs of a range.
 template <typename F>
 inline void for_runs(const DeformParams& p, QueryRange range, const F& f) {
-  const int64_t run = run_queries(p), end = range.begin + range.count;
-  for (int64_t q = range.begin; q < end; q += run) f(QueryRange{range.image, q, end - q < run ? end - q : run});
+  const int64_t step = run_queries(p), end = range.begin + range.count;
+  for (QueryRange run = range; run.begin < end; run.begin += step) {
+    run.count = end - run.begin < step ? end - run.begin : step;
+    f(run);
+  }
 }
 // f(first point, level) for every (query, head, level) of a run.
 template <typename F>
@@ -123,7 +126,7 @@ template <typename O, typename C>
 void stage_run(const DeformParams& p, QueryRange run, const PointArrays<C>& a) {
   const int64_t n = query_points(p);
   for (int64_t i = 0; i < run.count; ++i) {
-    const int64_t query = run.begin + i;
+    const int64_t query = run.query(i);
     C* xy = a.xy + i * 2 * n;
     if (p.fused) {
       stage_offsets<O, C>(p, run.image, query, xy);

@@ -72,6 +72,7 @@ void scatter_stream(const DeformParams& p, const PointStreams& s, int64_t image,
                     const Band<Compute<T>>& band, const ScatterArrays<Compute<T>>& a) {
   using C = Compute<T>;
   const int64_t run = kScatterPoints > p.points ? kScatterPoints / p.points : 1;
+  const int32_t* order = s.order + (image - s.first_image) * s.order_stride;
   const bool* mask = p.mask == nullptr ? nullptr : p.mask + image * p.tokens + p.level[l].start;
   for (int64_t first = 0; first < p.queries; first += run) {
     const int64_t queries = p.queries - first < run ? p.queries - first : run, n = queries * p.points;
@@ -82,7 +83,7 @@ void scatter_stream(const DeformParams& p, const PointStreams& s, int64_t image,
       for (int64_t k = 0; k < n; ++k) a.corners[k] = unmasked_corners(a.corners[k], mask, a.row[k], band.width);
     }
     for (int64_t i = 0; i < queries; ++i) {
-      load_grad<T>(query_row<T>(p.grad_out, image, first + i) + head * p.dim, p.dim, a.grad);
+      load_grad<T>(query_row<T>(p.grad_out, image, order[first + i]) + head * p.dim, p.dim, a.grad);
       for (int64_t k = i * p.points; k < (i + 1) * p.points; ++k) add_point<C, Vectors>(band, a, k);
     }
   }

@@ -7,15 +7,20 @@
 namespace tokenprune {
 inline namespace TOKENPRUNE_ISA {
 
-// `rows` rows of n <= lanes values, f(offset of the first value, width of its groups of lanes, lanes to store): whole
-// groups of lanes where n is a power of two, otherwise one row at a time.
-template <typename C, typename F>
-inline void for_groups(int64_t rows, int64_t n, const F& f) {
+// `rows` rows of n <= lanes values: get(offset of the first value, lanes) -> v, then put(offset, lanes, width of the
+// groups of lanes, v). Whole groups where n is a power of two, otherwise one row at a time; then the next row is loaded
+// before this one is stored, which a load right behind the store would have to wait for.
+template <typename C, typename Get, typename Put>
+inline void for_groups(int64_t rows, int64_t n, const Get& get, const Put& put) {
   constexpr int w = kLanes<C>;
-  if ((n & (n - 1)) == 0) {
-    for (int64_t i = 0; i < rows * n; i += w) f(i, n, rows * n - i < w ? rows * n - i : w);
-  } else {
-    for (int64_t r = 0; r < rows; ++r) f(r * n, int64_t{w}, n);
+  const bool whole = (n & (n - 1)) == 0;
+  const int64_t step = whole ? w : n, width = whole ? n : w, total = rows * n;
+  const auto lanes = [&](int64_t i) { return total - i < step ? total - i : step; };
+  auto v = get(int64_t{0}, lanes(0));
+  for (int64_t i = 0; i < total; i += step) {
+    const auto now = v;
+    if (i + step < total) v = get(i + step, lanes(i + step));
+    put(i, lanes(i), width, now);
   }
 }
 
@@ -56,13 +61,14 @@ template <typename C>
 void softmax_rows(C* x, int64_t rows, int64_t n) {
   if (n > kLanes<C>) {
     for (int64_t r = 0; r < rows; ++r) softmax_long(x + r * n, n);
-  } else if (n > 0) {
-    for_groups<C>(rows, n, [&](int64_t at, int64_t width, int64_t lanes) {
-      const Vec<C> v = load_filled(x + at, lanes, kNegInf<C>);
-      const Vec<C> top = reduce_groups<C>(v, width, [](Vec<C> a, Vec<C> b) { return vmax<C>(a, b); });
-      const Vec<C> e = exp2v((v - top) * static_cast<C>(kLog2E));
-      store_lanes<C>(x + at, e / reduce_groups<C>(e, width, [](Vec<C> a, Vec<C> b) { return a + b; }), lanes);
-    });
+  } else if (rows * n > 0) {
+    for_groups<C>(
+        rows, n, [&](int64_t at, int64_t lanes) { return load_filled(x + at, lanes, kNegInf<C>); },
+        [&](int64_t at, int64_t lanes, int64_t width, Vec<C> v) {
+          const Vec<C> top = reduce_groups<C>(v, width, [](Vec<C> a, Vec<C> b) { return vmax<C>(a, b); });
+          const Vec<C> e = exp2v((v - top) * static_cast<C>(kLog2E));
+          store_lanes<C>(x + at, e / reduce_groups<C>(e, width, [](Vec<C> a, Vec<C> b) { return a + b; }), lanes);
+        });
   }
 }
 
@@ -75,12 +81,14 @@ void softmax_backward_rows(const C* a, C* g, int64_t rows, int64_t n) {
       for (int64_t j = 0; j < n; ++j) dot += a[j] * g[j];
       for (int64_t j = 0; j < n; ++j) g[j] = a[j] * (g[j] - dot);
     }
-  } else if (n > 0) {
-    for_groups<C>(rows, n, [&](int64_t at, int64_t width, int64_t lanes) {
-      const Vec<C> s = load_filled(a + at, lanes, C(0)), v = load_filled(g + at, lanes, C(0));
-      const Vec<C> dot = reduce_groups<C>(s * v, width, [](Vec<C> x, Vec<C> y) { return x + y; });
-      store_lanes<C>(g + at, s * (v - dot), lanes);
-    });
+  } else if (rows * n > 0) {
+    for_groups<C>(
+        rows, n, [&](int64_t at, int64_t lanes) { return load_filled(g + at, lanes, C(0)); },
+        [&](int64_t at, int64_t lanes, int64_t width, Vec<C> v) {
+          const Vec<C> s = load_filled(a + at, lanes, C(0));
+          const Vec<C> dot = reduce_groups<C>(s * v, width, [](Vec<C> x, Vec<C> y) { return x + y; });
+          store_lanes<C>(g + at, s * (v - dot), lanes);
+        });
   }
 }
 
