@@ -84,5 +84,5 @@ def hopper_unit(name: str, device: torch.device):
 
 def build_info() -> dict:
     """What setup.py wrote about the build: version, CUDA outcome and archs, compilers, torch."""
-    path = _HERE / "_build_info.json"
+    path = _LIBRARIES / "_build_info.json"
     return json.loads(path.read_text()) if path.exists() else {}
