@@ -44,8 +44,7 @@ void cluster_image(const ClusterKernels& table, Dtype dtype, const ClusterParams
     });
   };
   run(kSetup, 0);
-  run(kPool, values / 8);
-  if (p.iters > 0) run(kPack, values / 4);
+  run(kPool, values / 4);
   for (int64_t i = 0; i < p.iters; ++i) {
     run(kPrepare, p.clusters * p.channels / 8);
     run(kScore, values * p.slots / 16, i == p.iters - 1);

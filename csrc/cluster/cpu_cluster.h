@@ -125,36 +125,10 @@ void cluster_setup(const ClusterParams& p, const ClusterStep& s) {
                  space.mean);
 }
 
-// ---- pool: sums over the cells of one row of centers
+// ---- pool: the tokens of one row of cells packed for gather, [chunk][cell row][x][unit of rows][channel]
 
 template <typename T>
-void cluster_pool(const ClusterParams& p, const ClusterStep& s) {
-  using C = Compute<T>;
-  constexpr int64_t w = kLanes<C>, n = kSums<T>;
-  const ClusterSpace<T> space(p, s.workspace);
-  const int64_t y0 = pool_begin(p.y_axis, s.item), y1 = pool_end(p.y_axis, s.item);
-  for (int64_t cx = 0; cx < p.x_axis.cells; ++cx) {
-    const int64_t x0 = pool_begin(p.x_axis, cx), x1 = pool_end(p.x_axis, cx);
-    C* to = space.sums + (s.item * p.x_axis.cells + cx) * space.width;
-    for (int64_t c = 0; c < space.channels; c += n * w) {
-      Vec<C> sum[n];
-      TP_UNROLL for (int v = 0; v < n; ++v) sum[v] = Vec<C>{};
-      for (int64_t y = y0; y < y1; ++y) {
-        for (int64_t x = x0; x < x1; ++x) {
-          const T* row = token_row<T>(p, s.image, y, x);
-          TP_UNROLL for (int v = 0; v < n; ++v) sum[v] += load_upto(row, c + v * w, p.channels);
-        }
-      }
-      store_sums<T>(to + c, sum);
-    }
-    to[sum_offset<T>(p.channels)] = static_cast<C>((y1 - y0) * (x1 - x0));
-  }
-}
-
-// ---- pack: the tokens of one row of cells, [chunk][cell row][x][unit of rows][channel]
-
-template <typename T>
-void cluster_pack(const ClusterParams& p, const ClusterStep& s) {
+void pack_tokens(const ClusterParams& p, const ClusterStep& s) {
   using C = Compute<T>;
   using Space = ClusterSpace<T>;
   constexpr int64_t w = kLanes<C>;
@@ -189,6 +163,32 @@ void cluster_pack(const ClusterParams& p, const ClusterStep& s) {
       }
     }
   }
+}
+
+// Sums over the cells of one row of centers, and the tokens of (about) the same rows packed.
+template <typename T>
+void cluster_pool(const ClusterParams& p, const ClusterStep& s) {
+  using C = Compute<T>;
+  constexpr int64_t w = kLanes<C>, n = kSums<T>;
+  const ClusterSpace<T> space(p, s.workspace);
+  const int64_t y0 = pool_begin(p.y_axis, s.item), y1 = pool_end(p.y_axis, s.item);
+  for (int64_t cx = 0; cx < p.x_axis.cells; ++cx) {
+    const int64_t x0 = pool_begin(p.x_axis, cx), x1 = pool_end(p.x_axis, cx);
+    C* to = space.sums + (s.item * p.x_axis.cells + cx) * space.width;
+    for (int64_t c = 0; c < space.channels; c += n * w) {
+      Vec<C> sum[n];
+      TP_UNROLL for (int v = 0; v < n; ++v) sum[v] = Vec<C>{};
+      for (int64_t y = y0; y < y1; ++y) {
+        for (int64_t x = x0; x < x1; ++x) {
+          const T* row = token_row<T>(p, s.image, y, x);
+          TP_UNROLL for (int v = 0; v < n; ++v) sum[v] += load_upto(row, c + v * w, p.channels);
+        }
+      }
+      store_sums<T>(to + c, sum);
+    }
+    to[sum_offset<T>(p.channels)] = static_cast<C>((y1 - y0) * (x1 - x0));
+  }
+  if (p.iters > 0) pack_tokens<T>(p, s);
 }
 
 // ---- prepare: centers of one row relative to the mean m, e = s - m, and the token-free part of their distances:

@@ -37,7 +37,6 @@ void cluster_step_of(const ClusterParams& p, const ClusterStep& s) {
   switch (s.phase) {
     case kSetup: return cluster_setup<T>(p, s);
     case kPool: return cluster_pool<T>(p, s);
-    case kPack: return cluster_pack<T>(p, s);
     case kPrepare: return cluster_prepare<T>(p, s);
     case kScore: return cluster_score<T>(p, s);
     case kGather: return cluster_gather<T>(p, s);

@@ -9,10 +9,10 @@
 namespace tokenprune {
 
 // Clustering of one image is a sequence of phases; the items of a phase are independent of each other.
-//   setup, pool, pack         once; then for every iteration
+//   setup, pool               once; then for every iteration
 //   prepare, score, gather    relative centers and their norms; affinities; weighted sums of tokens
 //   output                    once
-enum ClusterPhase : int { kSetup, kPool, kPack, kPrepare, kScore, kGather, kOutput };
+enum ClusterPhase : int { kSetup, kPool, kPrepare, kScore, kGather, kOutput };
 
 struct ClusterStep {
   int64_t image = 0;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Reconstruction of one image: strips of 48 tokens against all centers, packed once as transposed panels. The strip of
+// Reconstruction of one image: strips of 66 tokens against all centers, packed once as transposed panels. The strip of
 // distances stays in the second-level cache; the k nearest of every row are found by bisection on the bits of the
 // distances, and only their values are summed.
 #pragma once
@@ -10,7 +10,7 @@
 namespace tokenprune {
 inline namespace TOKENPRUNE_ISA {
 
-constexpr int64_t kStripTokens = 48;
+constexpr int64_t kStripTokens = 66;
 
 template <typename T>
 struct ReconstructSpace {
@@ -54,7 +54,7 @@ struct ReconstructSpace {
     squares = b.take<C>(kStripTokens);
     u = b.take<C>(padded + kLanes<C>);
     out = b.take<C>(dense ? kStripTokens * width : 0);
-    index = b.take<int32_t>(padded);
+    index = b.take<int32_t>(padded + 16);
     keys = b.take<typename VecTypes<C>::integer>(padded / kLanes<C>);
     scratch_bytes = b.next - scratch;
   }
@@ -170,6 +170,50 @@ inline typename VecTypes<C>::integer order_key(Vec<C> v) {
   return bits ^ (negative & (Int{} + static_cast<decltype(bits[0] + 0)>(~uint64_t{0} >> (64 - kSignBit))));
 }
 
+// How many of the keys are at most `most`.
+template <typename Int, typename Key>
+inline int64_t count_upto(const Int* keys, int64_t vecs, Key most) {
+  int64_t count = 0;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Key) == 4) {
+    const __m512i limit = _mm512_set1_epi32(most);
+    for (int64_t j = 0; j < vecs; ++j) {
+      count += __builtin_popcount(_mm512_cmple_epi32_mask((__m512i)keys[j], limit));
+    }
+    return count;
+  }
+#endif
+  Int below{};
+  for (int64_t j = 0; j < vecs; ++j) below -= keys[j] <= most;
+  for (int64_t l = 0; l < static_cast<int64_t>(sizeof(Int) / sizeof(Key)); ++l) count += below[l];
+  return count;
+}
+
+// Their positions, ascending, below n; `index` has room for a whole vector behind the last one.
+template <typename Int, typename Key>
+inline int64_t list_upto(const Int* keys, int64_t n, Key most, int32_t* index) {
+  int64_t count = 0;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Key) == 4) {
+    __m512i here = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int64_t j = 0; j < n; j += 16) {
+      const __mmask16 inside = n - j < 16 ? (1u << (n - j)) - 1 : 0xffff;
+      const __mmask16 near = _mm512_mask_cmple_epi32_mask(inside, (__m512i)keys[j / 16], _mm512_set1_epi32(most));
+      _mm512_storeu_si512(index + count, _mm512_maskz_compress_epi32(near, here));
+      count += __builtin_popcount(near);
+      here = _mm512_add_epi32(here, _mm512_set1_epi32(16));
+    }
+    return count;
+  }
+#endif
+  const Key* all = reinterpret_cast<const Key*>(keys);
+  for (int64_t j = 0; j < n; ++j) {
+    index[count] = static_cast<int32_t>(j);
+    count += all[j] <= most;
+  }
+  return count;
+}
+
 // Distances from dot products, in place; then the indices of the k nearest centers (all of them at a tie) in order.
 // Returns how many.
 template <typename T>
@@ -195,10 +239,7 @@ int64_t select_nearest(const ReconstructParams& p, const ReconstructSpace<T>& sp
   if (p.k < p.clusters) {
     while (first < last) {
       const Key middle = first + static_cast<Key>((static_cast<uint64_t>(last) - static_cast<uint64_t>(first)) / 2);
-      Int below{};
-      for (int64_t j = 0; j < vecs; ++j) below -= space.keys[j] <= middle;
-      int64_t count = 0;
-      for (int l = 0; l < w; ++l) count += below[l];
+      const int64_t count = count_upto(space.keys, vecs, middle);
       if (count < p.k) {
         first = middle + 1;
       } else {
@@ -207,13 +248,7 @@ int64_t select_nearest(const ReconstructParams& p, const ReconstructSpace<T>& sp
       }
     }
   }
-  const Key* keys = reinterpret_cast<const Key*>(space.keys);
-  int64_t n = 0;
-  for (int64_t j = 0; j < p.clusters; ++j) {
-    space.index[n] = static_cast<int32_t>(j);
-    n += keys[j] <= last;
-  }
-  return n;
+  return list_upto(space.keys, p.clusters, last, space.index);
 }
 
 // u = exp(-t d) of the kept centers; returns their norm.

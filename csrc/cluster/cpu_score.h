@@ -171,28 +171,36 @@ struct Group {
     return all;
   }
 
-  // Softmax of token t over its candidates.
-  C* softmax(int64_t t, C factor) const {
+  C* slots(int64_t t) const { return scratch.affinity + t * scratch.slots; }
+
+  // Softmax of every token over its candidates, in steps that go over all tokens: the chains of one alone are long.
+  void softmax(C factor) const {
     constexpr int w = kLanes<C>;
-    Vec<C>* sums = scratch.sums + t * scratch.slots;
-    const C* norm = norms(t);
-    C* out = scratch.affinity + t * scratch.slots;
-    Vec<C> best = splat<C>(kNegInf<C>), sum{};
-    for (int64_t i = 0; i < scratch.slots; i += w) {
-      const Vec<C> n = load(norm + i), logit = factor * (C(2) * reduce_square<C>(sums + i) - n);
-      const Vec<C> known = n == splat<C>(-kNegInf<C>) ? splat<C>(kNegInf<C>) : logit;
-      store(out + i, known);
-      best = vmax<C>(best, known);
+    C top[kGroupTokens], inverse[kGroupTokens];
+    Vec<C> best[kGroupTokens], sum[kGroupTokens];
+    for (int64_t t = 0; t < count; ++t) {
+      const C* norm = norms(t);
+      best[t] = splat<C>(kNegInf<C>);
+      for (int64_t i = 0; i < scratch.slots; i += w) {
+        const Vec<C> dots = reduce_square<C>(scratch.sums + t * scratch.slots + i), n = load(norm + i);
+        const Vec<C> known = n == splat<C>(-kNegInf<C>) ? splat<C>(kNegInf<C>) : factor * (C(2) * dots - n);
+        store(slots(t) + i, known);
+        best[t] = vmax<C>(best[t], known);
+      }
     }
-    const C top = max_lanes<C>(best);
-    for (int64_t i = 0; i < scratch.slots; i += w) {
-      const Vec<C> e = exp2v(load(out + i) - top);
-      store(out + i, e);
-      sum += e;
+    for (int64_t t = 0; t < count; ++t) top[t] = max_lanes<C>(best[t]);
+    for (int64_t t = 0; t < count; ++t) {
+      sum[t] = Vec<C>{};
+      for (int64_t i = 0; i < scratch.slots; i += w) {
+        const Vec<C> e = exp2v(load(slots(t) + i) - top[t]);
+        store(slots(t) + i, e);
+        sum[t] += e;
+      }
     }
-    const C inverse = C(1) / sum_lanes<C>(sum);
-    for (int64_t i = 0; i < scratch.slots; i += w) store(out + i, load(out + i) * inverse);
-    return out;
+    for (int64_t t = 0; t < count; ++t) inverse[t] = C(1) / sum_lanes<C>(sum[t]);
+    for (int64_t t = 0; t < count; ++t) {
+      for (int64_t i = 0; i < scratch.slots; i += w) store(slots(t) + i, load(slots(t) + i) * inverse[t]);
+    }
   }
 };
 
@@ -246,8 +254,9 @@ void cluster_score(const ClusterParams& p, const ClusterStep& s) {
     const int64_t x0 = space.x_groups[g], columns = space.x_groups[g + 1] - x0;
     const Group<T> group(p, space, scratch, s.image, y0, y1, x0, x0 + columns);
     group.dots();
+    group.softmax(factor);
     for (int64_t t = 0; t < group.count; ++t) {
-      C* slots = group.softmax(t, factor);
+      C* slots = group.slots(t);
       const int64_t x = x0 + t % columns, y = y0 + t / columns;
       if constexpr (kUsesPairs<T>) {
         round_slots(slots, scratch.slots);

@@ -85,7 +85,8 @@ inline void to_interleaved(Vec<float>& low, Vec<float>& high) {
 }
 #endif
 
-// Lane numbers for shuffles as constants: GCC 12 computes masks written as loops at run time.
+// Lane numbers for shuffles as constants: GCC 12 computes masks written as loops at run time. low + high: the sums of
+// neighbouring groups of Step lanes of two rows, alternating.
 template <typename C, int Step>
 struct LaneMasks {
   using Int = decltype(typename VecTypes<C>::integer{}[0] + 0);
@@ -93,7 +94,7 @@ struct LaneMasks {
   constexpr LaneMasks() : low(), high(), swap() {
     for (int l = 0; l < kLanes<C>; ++l) {
       low[l] = (l & Step) ? l - Step + kLanes<C> : l;
-      high[l] = (l & Step) ? l + kLanes<C> : l + Step;
+      high[l] = low[l] + Step;
       swap[l] = l ^ Step;
     }
   }
