@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What models share: the token state and the branches of a pre-norm block."""
+"""What models share: the token state, the branches of a pre-norm block, and deformable attention."""
 
 from .block import AttentionBranch, BlockParts, BlockRecord, BlockRun, MlpBranch, gather_norm, run_block
+from .deform import DeformInputs, MSDeformAttn, deform_inputs, grid_reference_points
 from .packed import PackedLinear, pack, unpack
 from .places import PairBias, Rotary
 from .state import (
@@ -19,12 +20,16 @@ __all__ = [
     "BlockParts",
     "BlockRecord",
     "BlockRun",
+    "DeformInputs",
+    "MSDeformAttn",
     "MlpBranch",
     "PackedLinear",
     "PairBias",
     "Rotary",
     "TokenState",
+    "deform_inputs",
     "gather_norm",
+    "grid_reference_points",
     "pack",
     "pad_rows",
     "rank_patches",
