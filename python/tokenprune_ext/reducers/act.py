@@ -273,8 +273,6 @@ class ACT(Reducer):
         fast_idle: other layers run the model's own block, or what is as good and faster.
     """
 
-    own_attention = True
-
     def __init__(
         self,
         *,
@@ -303,6 +301,7 @@ class ACT(Reducer):
         self.layers = layers if self.hashes else []
         self.width, self.generator, self.fast_idle = width, generator, fast_idle
         self.head_dim = embed_dim if head_dim is None else head_dim  # heads are never wider than the model
+        self.own_attention = bool(self.layers)
 
     @property
     def active(self) -> bool:

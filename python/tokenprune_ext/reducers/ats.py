@@ -179,8 +179,6 @@ class ATS(Reducer):
         fast_idle: other layers run the model's own block, or what is as good and faster.
     """
 
-    own_attention = True
-
     def __init__(
         self,
         *,
@@ -206,6 +204,7 @@ class ATS(Reducer):
             raise ValueError("ATS: the model must have a class token, whose attention scores the others, got none")
         self.layers, self.per_image, self.residual, self.eps = layers, per_image, residual, eps
         self.drop_tokens, self.num_prefix, self.fast_idle = drop_tokens, num_prefix, fast_idle
+        self.own_attention = bool(self.layers)
 
     @property
     def active(self) -> bool:

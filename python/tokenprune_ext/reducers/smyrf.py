@@ -244,8 +244,6 @@ class SMYRF(Reducer):
         fast_idle: other layers run the model's own block, or what is as good and faster.
     """
 
-    own_attention = True
-
     def __init__(
         self,
         *,
@@ -270,6 +268,7 @@ class SMYRF(Reducer):
         self.layers, self.rounds, self.cluster_size, self.per_row = layers, rounds, cluster_size, per_row
         self.width, self.generator, self.fast_idle = width, generator, fast_idle
         self.head_dim = embed_dim if head_dim is None else head_dim  # heads are never wider than the model
+        self.own_attention = bool(self.layers)
 
     @property
     def active(self) -> bool:
