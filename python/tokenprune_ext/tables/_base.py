@@ -115,23 +115,24 @@ def pair(text: str) -> tuple[int, int]:
 _NO_SETTING = {"id", "system", "section", "method", "backbone", "gflops", "#param", *_RESULTS}
 
 
-def published_row(row: dict, estimate: Estimate, **fields) -> Row:
+def published_row(row: dict, estimate: Estimate, *, where: str = "", dense: bool = False, **fields) -> Row:
     """A row of ``published.json`` with our estimate.
 
     Args:
         row: as it is there.
         estimate: ours.
+        where: data set.
+        dense: whether this is the model without token reduction.
         fields: further fields of :class:`Row`.
     """
-    columns = {key: value for key, value in row.items() if key not in _NO_SETTING and value != "-"}
+    columns = {key: value for key, value in row.items() if key not in _NO_SETTING}
     text = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in columns.items())
-    section = [part for part in row.get("section", ()) if part not in ("Results", *row.get("method", "").split(" + "))]
     return Row(
         id=row["id"],
         system=row["system"],
         method=row.get("method", ""),
         backbone=row["backbone"],
-        setting=", ".join(part for part in (*section, text or "dense") if part),
+        setting=", ".join(part for part in (where, "dense" if dense else text) if part),
         estimate=estimate,
         published_gflops=row.get("gflops"),
         published=results_of(row),
