@@ -104,9 +104,8 @@ def biased_attention(
     q: Tensor, k: Tensor, v: Tensor, pair_bias: PairBias, state: TokenState, scale: float, want: str | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """``AttentionBranch.mix`` with a bias for every pair, by torch's attention."""
-    shape = q.shape
-    by_product = {"key": lambda: k.mean(-2), "keys": lambda: k}.get(want)
-    lengths = None
+    rows, lengths = q.shape[0], None
+    product = k.mean(-2) if want == "key" else k
     if state.packed:
         q, k, v = (pad_rows(t, state.cu_seqlens, state.max_seqlen, 0.0) for t in (q, k, v))
         lengths = state.cu_seqlens.diff()
@@ -114,16 +113,11 @@ def biased_attention(
     heads = [t.transpose(1, 2) for t in (q, k, v)]
     out = F.scaled_dot_product_attention(*heads, attn_mask=bias.to(q.dtype), scale=scale)
     out = out.transpose(1, 2).flatten(2)
-    product = None
-    if by_product is not None:
-        product = by_product()
-    elif want is not None:
+    out = unpad_rows(out, state.cu_seqlens, rows) if state.packed else out
+    if want in ("cls", "mean"):
         product = _received(*heads[:2], bias, lengths, scale, want)
-    if state.packed:
-        out = unpad_rows(out, state.cu_seqlens, shape[0])
-        if want in ("cls", "mean"):
-            product = unpad_rows(product, state.cu_seqlens, shape[0])
-    return out, product
+        product = unpad_rows(product, state.cu_seqlens, rows) if state.packed else product
+    return out, None if want is None else product
 
 
 def biased_policy_attention(
