@@ -47,6 +47,7 @@ def test_all_forms_of_the_shapes_agree(device):
         assert torch.equal(ops.ms_deform_attn(value, shapes, start, *points), expected)
 
 
+@needs_library
 def test_the_step_has_no_effect(device):
     inputs = classic(device)
     value, *rest = inputs.values()
@@ -233,6 +234,7 @@ def test_compiled_with_changing_sizes_in_a_list(device):
             assert torch.equal(compiled(**inputs, **sample.options), spec.call(**inputs, **sample.options))
 
 
+@needs_library
 def test_flops_count_the_samples():
     from torch.utils.flop_counter import FlopCounterMode
 

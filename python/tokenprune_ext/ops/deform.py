@@ -374,19 +374,23 @@ def _reference(value, shapes, starts, locations, weights, im2col_step=64):
         at = torch.where(reads[..., None], at, -1)  # wholly outside
         image = rows[level].permute(0, 2, 3, 1).reshape(batch * heads, dim, height, width)
         sampled = F.grid_sample(image, 2 * at - 1, mode="bilinear", padding_mode="zeros", align_corners=False)
-        weight = weights[:, :, :, level].transpose(1, 2).flatten(0, 1)[:, None]
-        out = out + torch.where(reads[:, None], sampled * weight, 0).sum(-1)
+        weight = torch.where(reads, weights[:, :, :, level].transpose(1, 2).flatten(0, 1), 0)
+        out = out + (sampled * weight[:, None]).sum(-1)
     return out.view(batch, heads * dim, queries).transpose(1, 2).to(value.dtype)
 
 
 def _locations_and_weights(shapes, reference, offsets, logits, stat):
     batch, queries, heads, levels, points, _ = offsets.shape
     offsets, reference = offsets.to(stat), reference[:, :, None, :, None]
+    # What is not finite reads nothing. Its gradient would be 0 * infinity: keep it out of the arithmetic.
+    known = reference.isfinite().all(-1, keepdim=True) & offsets.isfinite().all(-1, keepdim=True)
+    offsets, reference = torch.where(known, offsets, 0), torch.where(known, reference, 0)
     if reference.shape[-1] == 2:
         size = offsets.new_tensor(_sizes(shapes)).view(levels, 1, 2).flip(-1)
-        locations = reference + offsets / size
+        locations = reference + offsets / size.clamp(min=1)
     else:
         locations = reference[..., :2] + offsets / points * reference[..., 2:] * 0.5
+    locations = torch.where(known, locations, float("nan"))
     weights = logits.to(stat).softmax(-1) if logits.shape[-1] else logits.to(stat)
     return locations, weights.view(batch, queries, heads, levels, points)
 
