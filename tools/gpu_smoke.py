@@ -131,6 +131,51 @@ def policy(batch, count, heads, dim):
     return run
 
 
+def cluster(grid, clusters, width, window):
+    """Clustering with labels, reconstruction of the nearest and of all centers."""
+
+    def run(device, dtype):
+        generator = torch.Generator().manual_seed(width)
+        count = grid[0] * grid[1]
+        # Close together, so that soft weights do not underflow in any dtype.
+        x = (0.1 * torch.randn(2, count, width, generator=generator)).to(device, dtype).requires_grad_()
+        values = torch.randn(2, clusters[0] * clusters[1], 5, generator=generator).to(device, dtype).requires_grad_()
+        centers = ops.cluster_tokens(x, grid, clusters, iters=3, temperature=1.0, window=window)
+        few = ops.reconstruct_tokens(x.float(), centers.float(), values.float(), k=-1, temperature=0.5)
+        loss = centers.float().square().mean() + few.square().mean()
+        return centers, few, *torch.autograd.grad(loss, (x, values))
+
+    return run
+
+
+def deform(levels, queries, heads, dim, points, fused):
+    """Deformable attention in both call forms, with locations outside and a few that are not numbers."""
+
+    def run(device, dtype):
+        generator = torch.Generator().manual_seed(queries)
+        total, count = sum(h * w for h, w in levels), len(levels)
+        starts = [sum(h * w for h, w in levels[:i]) for i in range(count)]
+        shapes, starts = torch.tensor(levels, device=device), torch.tensor(starts, device=device)
+        value = torch.randn(2, total, heads, dim, generator=generator).to(device, dtype).requires_grad_()
+        offsets = 2 * torch.randn(2, queries, heads, count, points, 2, generator=generator)
+        logits = torch.randn(2, queries, heads, count, points, generator=generator)
+        reference = torch.rand(2, queries, count, 2, generator=generator)
+        if fused:
+            offsets, logits = (t.to(device, dtype).requires_grad_() for t in (offsets, logits.flatten(3)))
+            out = ops.ms_deform_attn_fused(value, shapes, starts, reference.to(device), offsets, logits)
+            leaves = (value, offsets, logits)
+        else:
+            locations = (reference[:, :, None, :, None] + 0.1 * offsets).flatten(0, -1)
+            locations[::97] = float("nan")
+            locations = locations.view(offsets.shape).to(device).requires_grad_()
+            weights = logits.flatten(3).softmax(-1).view(logits.shape).to(device, dtype).requires_grad_()
+            out = ops.ms_deform_attn(value, shapes, starts, locations, weights)
+            leaves = (value, weights)  # the reference at undefined locations has no gradient to compare
+        return out, *torch.autograd.grad(out.float().square().mean(), leaves)
+
+    return run
+
+
 def cases(small: bool):
     """``(name, run)`` pairs."""
     for lengths, heads, dim in (((5,), 1, 32), ((17, 0, 1, 40), 3, 64), ((3, 70), 2, 80)):
@@ -146,6 +191,11 @@ def cases(small: bool):
     for shape in ((1, 2, 3, 1), (2, 33, 24, 9), (1, 197, 384, 13)):
         yield f"merge {shape}", merge(*shape)
     yield "policy (2, 19, 2, 64)", policy(2, 19, 2, 64)
+    for shape in (((7, 5), (3, 4), 24, 5), ((8, 8), (4, 4), 33, 3), ((3, 3), (5, 5), 8, 7)):
+        yield f"cluster {shape}", cluster(*shape)
+    for shape in (([(6, 4), (3, 2)], 11, 2, 32, 4), ([(5, 7)], 9, 3, 64, 4), ([(4, 4), (2, 2), (1, 1)], 1, 1, 5, 7)):
+        yield f"deform {shape}", deform(*shape, False)
+        yield f"deform {shape} fused", deform(*shape, True)
     if not small:
         yield "attention 8 x 256..768", attention((256, 329, 402, 475, 549, 622, 695, 768), 16, 64, True)
         lengths = (256, 329, 402, 475, 549, 622, 695, 768)
@@ -156,6 +206,11 @@ def cases(small: bool):
         yield "tokens (8, 4200, 384)", tokens(8, 4200, 384)
         yield "merge (4, 1025, 1024, 40)", merge(4, 1025, 1024, 40)
         yield "policy (2, 197, 6, 64)", policy(2, 197, 6, 64)
+        yield "cluster 32x32 to 23x23", cluster((32, 32), (23, 23), 1024, 5)
+        yield "cluster 32x32 to 16x16", cluster((32, 32), (16, 16), 1024, 5)
+        for fused in (False, True):
+            pyramid = [(50, 84), (25, 42), (13, 21)]
+            yield f"deform injector {'fused' if fused else ''}", deform(pyramid, 1050, 6, 64, 4, fused)
 
 
 def difference(got: torch.Tensor, want: torch.Tensor) -> float:
