@@ -116,6 +116,7 @@ def hold_gradients(model, run, methods=("tome", "evit", "threshold")):
         if method is not None:
             tp.patch(model, method, **wanted[method])
         model.zero_grad()
+        torch.manual_seed(0)
         run().square().sum().backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
         if method is not None:
@@ -170,6 +171,7 @@ def hold_checkpointing(model, run, switch):
     gradients = []
     for on in (False, True):
         switch(on)
+        torch.manual_seed(0)
         generator.manual_seed(0)
         model.train().zero_grad()
         run().square().sum().backward()

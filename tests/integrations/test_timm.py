@@ -14,11 +14,13 @@ import tokenprune_ext as tp  # noqa: E402
 from tokenprune_ext import reducers  # noqa: E402
 from tokenprune_ext._patch import features, patched  # noqa: E402
 
+from . import common  # noqa: E402
+
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 7}
 PREFIXES = ("beit", "deit", "eva", "flexivit", "naflexvit", "samvit", "test_vit", "vit_")
 NAMES = [name for name in timm.list_models() if name.startswith(PREFIXES) and name not in tp.list_models()]
 
-# Blocks that are no pre-norm attention and MLP in a row, or another attention.
+# Blocks that are no attention and MLP in a row, or another attention.
 REFUSED = {
     "vit_base_patch16_18x2_224": "ParallelThingsBlock",
     "vit_base_patch16_xp_224": "ParallelScalingBlock",
@@ -30,37 +32,26 @@ REFUSED = {
     "vit_pwee_patch16_reg1_gap_256": "ParallelScalingBlock",
     "vit_small_patch16_18x2_224": "ParallelThingsBlock",
 }
-# Other classes than VisionTransformer (rotary or relative positions, windows): nothing to patch.
-OTHER_CLASS = (
-    "beit_", "beitv2", "eva02", "eva_giant", "naflexvit", "samvit", "test_vit_relpos", "vit_7b", "vit_pe_", "vit_relpos", "vit_srelpos",
-)  # fmt: skip
-OTHER_CLASS_PART = ("_dinov3", "_lingbot", "_rope_", "sapiens2")
-# Cannot be built at this width: per-block head counts, or a hybrid stem of fixed width.
-NOT_BUILT = {
-    "vit_5b_patch16_sapiens2", "vit_base_mci_224", "vit_base_patch16_sapiens2", "vit_giant_patch16_sapiens2",
-    "vit_huge_patch16_sapiens2", "vit_large_patch16_sapiens2",
-}  # fmt: skip
+# Other classes: attention in windows, or patches of several images in one sequence. Nothing to patch.
+OTHER_CLASS = ("naflexvit", "samvit")
+# Cannot be built at this width: a hybrid stem of fixed width.
+NOT_BUILT = {"vit_base_mci_224"}
+# Key heads are listed per block.
+PER_BLOCK = "sapiens2"
 
 
-def small(name, **options):
+def small(name, depth=2, **options):
     """A seeded small model and images of the right size."""
     torch.manual_seed(0)
     size = 56 if "patch14" in name else 64
+    options = {**SMALL, "depth": depth, **options}
+    if PER_BLOCK in name:
+        options |= {"num_kv_heads": (1, 3)}
     try:
-        model = timm.create_model(name, img_size=size, **SMALL, **options)
+        model = timm.create_model(name, img_size=size, **options)
     except TypeError:  # classes without img_size
-        model, size = timm.create_model(name, **SMALL, **options), timm.get_pretrained_cfg(name).input_size[-1]
-    for head in (module for label, module in model.named_modules() if label in ("head", "head_dist")):
-        if isinstance(head, nn.Linear):
-            nn.init.normal_(head.weight, std=0.1)  # some families start with zeros, which would hide everything
-    return model.eval(), torch.randn(2, 3, size, size)
-
-
-IDENTITIES = [
-    ("tome", {"r": 0, "fast_idle": False}),
-    ("evit", {"keep": 1.0, "fast_idle": False, "score_mode": "mean"}),
-    ("threshold", {"mode": "topk", "keep": 1.0, "selector": "norm"}),
-]
+        model, size = timm.create_model(name, **options), timm.get_pretrained_cfg(name).input_size[-1]
+    return common.liven(model), torch.randn(2, 3, size, size)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -75,7 +66,7 @@ def test_registry(name):
         with pytest.raises(ValueError, match=f"must be a timm .*{REFUSED[name]}"):
             tp.patch(model, "tome", r=0)
         return
-    if name.startswith(OTHER_CLASS) or any(part in name for part in OTHER_CLASS_PART):
+    if name.startswith(OTHER_CLASS):
         with pytest.raises(ValueError, match="must hold exactly one supported"):
             tp.patch(model, "tome", r=0)
         return
@@ -94,6 +85,11 @@ def test_registry(name):
         assert torch.equal(model(images), expected)
 
 
+IDENTITIES = [
+    ("tome", {"r": 0, "fast_idle": False}),
+    ("evit", {"keep": 1.0, "fast_idle": False, "score_mode": "mean"}),
+    ("threshold", {"mode": "topk", "keep": 1.0, "selector": "norm"}),
+]
 FAMILIES = {
     "plain": ("deit_tiny_patch16_224", {}),
     "distilled": ("deit_tiny_distilled_patch16_224", {}),
@@ -106,7 +102,119 @@ FAMILIES = {
     "qk norm": ("deit_tiny_patch16_224", {"qk_norm": True, "scale_attn_norm": True}),
     "no class token": ("deit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}),
     "gated mlp": ("vit_giant_patch14_dinov2", {}),
+    "eva": ("eva_giant_patch14_224", {}),
+    "eva-02": ("eva02_tiny_patch14_224", {}),
+    "eva post-norm": ("eva02_tiny_patch14_224", {"use_post_norm": True, "scale_mlp": False}),
+    "rotary": ("vit_small_patch16_rope_224", {}),
+    "rotary per head": ("vit_small_patch16_rope_mixed_224", {}),
+    "dinov3": ("vit_small_patch16_dinov3", {}),
+    "perception encoder": ("vit_pe_core_tiny_patch16_384", {}),
+    "grouped queries": ("vit_base_patch16_sapiens2", {}),
+    "beit": ("beit_base_patch16_224", {}),
+    "beit shared": ("beit_base_patch16_224", {"use_shared_rel_pos_bias": True}),
+    "relative positions": ("vit_relpos_medium_patch16_cls_224", {}),
+    "shared relative positions": ("vit_srelpos_small_patch16_224", {}),
+    "relative positions, post-norm": ("vit_relpos_small_patch16_rpn_224", {}),
 }
+PLACED = [
+    "dinov3",
+    "rotary per head",
+    "beit",
+    "beit shared",
+    "relative positions",
+    "shared relative positions",
+]
+ADAPTERS = {"Eva": "timm_eva", "Beit": "timm_beit", "VisionTransformerRelPos": "timm_relpos"}
+
+
+def adapter_of(model):
+    from importlib import import_module
+
+    return import_module(f"tokenprune_ext.integrations.{ADAPTERS.get(type(model).__name__, 'timm')}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_method_in_every_family(family):
+    name, options = FAMILIES[family]
+    model, images = small(name, **options)
+    common.hold_identities(model, lambda: model(images), adapter_of(model))
+
+
+@pytest.mark.parametrize("family", PLACED)
+def test_tokens_keep_their_places(family):
+    name, options = FAMILIES[family]
+    model, images = small(name, depth=3, **options)
+    common.hold_places(model, images)
+
+
+@pytest.mark.parametrize("family", ["dinov3", "rotary per head", "beit", "shared relative positions"])
+def test_families_with_places_train_and_autocast(family):
+    name, options = FAMILIES[family]
+    model, images = small(name, **options)
+    common.hold_autocast(model, lambda: model(images))
+    common.hold_checkpointing(model, lambda: model(images), model.set_grad_checkpointing)
+    model, images = model.double(), images.double()
+    common.hold_gradients(model.train(), lambda: model(images))
+
+
+@pytest.mark.parametrize("family", ["dinov3", "beit"])
+@pytest.mark.parametrize("method", ["spvit", "dynamicvit"])
+def test_masked_training_with_places(family, method):
+    """Masked computation, as while training, equals the gathered one."""
+    name, options = FAMILIES[family]
+    model, images = small(name, **options, global_pool="token", **({} if family == "dinov3" else {"use_fc_norm": False}))
+    outputs = []
+    with torch.no_grad():
+        for dense in (True, False):
+            torch.manual_seed(0)
+            with patched(model, method, layers=[1], dense=dense):
+                outputs.append(model(images))
+        torch.testing.assert_close(*outputs, atol=2e-5, rtol=1e-4)
+    with patched(model, method, layers=[1]):
+        model.train()
+        model(images).square().sum().backward()
+        assert all(p.grad is not None for p in model.blocks.parameters())
+
+
+@pytest.mark.parametrize("family", ["dinov3", "rotary per head"])
+def test_patch_dropout_with_rotary_embedding(family):
+    name, options = FAMILIES[family]
+    model, images = small(name, patch_drop_rate=0.5, **options)
+    model.train()
+    outputs = []
+    for method in (None, {"r": 0, "fast_idle": False}, {"r": 1}):
+        if method is not None:
+            tp.patch(model, "tome", **method)
+        torch.manual_seed(0)
+        outputs.append(model(images))
+        if method is not None:
+            tp.unpatch(model)
+    torch.testing.assert_close(outputs[1], outputs[0])
+    assert torch.isfinite(outputs[2]).all()
+
+
+@pytest.mark.parametrize("family", ["eva", "eva-02", "dinov3", "beit"])
+def test_packed_weights_in_other_families(family):
+    name, options = FAMILIES[family]
+    model, images = small(name, **options)
+    with torch.no_grad():
+        for method in ({"r": 0}, {"r": 3}):
+            with patched(model, "tome", **method):
+                expected = model(images)
+                tp.pack(model)
+                torch.testing.assert_close(model(images), expected, atol=1e-4, rtol=1e-4)
+                tp.unpack(model)
+
+
+def test_dynamic_image_sizes_with_rotary_embedding():
+    model, _ = small("vit_small_patch16_dinov3", dynamic_img_size=True)
+    for size in ((64, 96), (32, 64)):
+        images = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            expected = model(images)
+            with patched(model, "tome", r=0, fast_idle=False):
+                torch.testing.assert_close(model(images), expected)
+                assert features(model, images)[1].grid == (size[0] // 16, size[1] // 16)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
