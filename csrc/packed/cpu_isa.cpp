@@ -3,6 +3,7 @@
 //
 // A strip of at most 60 input rows is normalised and packed once; it stays in the second-level cache while the weight
 // panels stream past it. Each block of the result is finished (bias, activation, scale, residual) while it is hot.
+#include "../common/norm.h"
 #include "../common/pack.h"
 #include "cpu_kernels.h"
 
@@ -71,47 +72,6 @@ struct UnitValue<true, T> {
   using type = T;
 };
 
-template <typename T>
-struct RowNorm {
-  using C = Compute<T>;
-  C mean, rstd;
-  const T *weight, *bias;
-
-  RowNorm(const PackedLinearParams& p, const T* x)
-      : weight(static_cast<const T*>(p.norm_weight)), bias(static_cast<const T*>(p.norm_bias)) {
-    constexpr int w = kLanes<C>;
-    const int64_t n = p.in_features;
-    // Two passes over a row in the first-level cache: exact where the mean is far from zero.
-    Vec<C> sums{};
-    int64_t c = 0;
-    for (; c + w <= n; c += w) sums += load_wide(x + c);
-    C sum = reduce_add<C>(sums);
-    for (; c < n; ++c) sum += to_float(x[c]);
-    mean = n > 0 ? sum / static_cast<C>(n) : C(0);
-    Vec<C> squares{};
-    for (c = 0; c + w <= n; c += w) {
-      const Vec<C> v = load_wide(x + c) - mean;
-      squares += v * v;
-    }
-    C square = reduce_add<C>(squares);
-    for (; c < n; ++c) square += (to_float(x[c]) - mean) * (to_float(x[c]) - mean);
-    const double variance = n > 0 ? static_cast<double>(square) / static_cast<double>(n) : 0;
-    rstd = static_cast<C>(1 / __builtin_sqrt(variance + p.norm_eps));
-  }
-  Vec<C> wide(const T* x, int64_t c) const {
-    Vec<C> y = (load_wide(x + c) - mean) * rstd;
-    if (weight != nullptr) y *= load_wide(weight + c);
-    if (bias != nullptr) y += load_wide(bias + c);
-    return y;
-  }
-  C one(const T* x, int64_t c) const {
-    C y = (to_float(x[c]) - mean) * rstd;
-    if (weight != nullptr) y *= to_float(weight[c]);
-    if (bias != nullptr) y += to_float(bias[c]);
-    return y;
-  }
-};
-
 // Rows [begin, begin + n) -> units [n, stride]; LayerNorm on the way.
 template <typename T>
 void pack_input(const PackedLinearParams& p, int64_t begin, int64_t n, int64_t stride, typename Packed<T>::type* out) {
@@ -121,9 +81,9 @@ void pack_input(const PackedLinearParams& p, int64_t begin, int64_t n, int64_t s
     for (int64_t i = 0; i < n; ++i) pack_units<T>(rows, begin + i, 1, k, units, out + i * stride);
     return;
   }
-  using C = Compute<T>;
   using S = typename UnitValue<kUsesPairs<T>, T>::type;
-  constexpr int w = kLanes<C>;
+  const T* weight = static_cast<const T*>(p.norm_weight);
+  const T* bias = static_cast<const T*>(p.norm_bias);
   for (int64_t i = 0; i < n; ++i) {
     S* to = reinterpret_cast<S*>(out + i * stride);
     const T* x = rows(begin + i);
@@ -131,10 +91,7 @@ void pack_input(const PackedLinearParams& p, int64_t begin, int64_t n, int64_t s
       __builtin_memset(to, 0, units * sizeof(*out));
       continue;
     }
-    const RowNorm<T> norm(p, x);
-    int64_t c = 0;
-    for (; c + w <= k; c += w) store_narrow<S>(to + c, norm.wide(x, c));
-    for (; c < k; ++c) to[c] = from_float<S, C>(norm.one(x, c));
+    NormedRow<T>(x, k, weight, bias, p.norm_eps).write(to, k);
     if (kUsesPairs<T> && (k & 1)) to[k] = S{};
   }
 }

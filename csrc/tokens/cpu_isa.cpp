@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CPU kernels of this family, compiled once per instruction set.
+#include "../common/norm.h"
 #include "../common/pack.h"
 #include "cpu_kernels.h"
 
@@ -43,7 +44,6 @@ inline bool valid(const RowParams& p, int64_t i) { return p.indices[i] >= 0 && p
 template <typename T>
 void norm_rows(const RowParams& p, int64_t begin, int64_t end) {
   using C = Compute<T>;
-  constexpr int w = kLanes<C>;
   const int64_t n = p.channels;
   const T* weight = static_cast<const T*>(p.weight);
   const T* bias = static_cast<const T*>(p.bias);
@@ -56,38 +56,10 @@ void norm_rows(const RowParams& p, int64_t begin, int64_t end) {
       *mean_out = *rstd_out = 0;
       continue;
     }
-    const T* x = row<T>(p.map, p.indices[i], p.map_stride);
-    // Lane-wise partial sums vectorise without changing the order of additions between runs. Two passes over a row that
-    // sits in the first-level cache: exact where the mean is far from zero.
-    Vec<C> sums{};
-    int64_t c = 0;
-    for (; c + w <= n; c += w) sums += load_wide(x + c);
-    C sum = reduce_add<C>(sums);
-    for (; c < n; ++c) sum += to_float(x[c]);
-    const C mean = n > 0 ? sum / static_cast<C>(n) : C(0);
-    Vec<C> squares{};
-    for (c = 0; c + w <= n; c += w) {
-      const Vec<C> v = load_wide(x + c) - mean;
-      squares += v * v;
-    }
-    C square = reduce_add<C>(squares);
-    for (; c < n; ++c) square += (to_float(x[c]) - mean) * (to_float(x[c]) - mean);
-    const C variance = n > 0 ? square / static_cast<C>(n) : C(0);
-    const C rstd = C(1) / static_cast<C>(__builtin_sqrt(static_cast<double>(variance) + p.eps));
-    *mean_out = mean;
-    *rstd_out = rstd;
-    c = 0;
-    if (weight != nullptr && bias != nullptr) {  // the usual case, free of branches in the loop
-      for (; c + w <= n; c += w) {
-        store_narrow<T>(out + c, (load_wide(x + c) - mean) * rstd * load_wide(weight + c) + load_wide(bias + c));
-      }
-    }
-    for (; c < n; ++c) {
-      C y = (to_float(x[c]) - mean) * rstd;
-      if (weight != nullptr) y *= to_float(weight[c]);
-      if (bias != nullptr) y += to_float(bias[c]);
-      out[c] = from_float<T, C>(y);
-    }
+    const NormedRow<T> norm(row<T>(p.map, p.indices[i], p.map_stride), n, weight, bias, p.eps);
+    *mean_out = norm.mean;
+    *rstd_out = norm.rstd;
+    norm.write(out, n);
   }
 }
 
