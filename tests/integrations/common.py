@@ -101,7 +101,9 @@ def hold_identities(model, run, adapter, owner=None, part=None):
                 if exact:
                     assert torch.equal(result, expected), method
                 elif exact is False:
-                    torch.testing.assert_close(result, expected, atol=2e-5, rtol=1e-4, msg=lambda m, o=options: f"{o}: {m}")
+                    torch.testing.assert_close(
+                        result, expected, atol=2e-5, rtol=1e-4, msg=lambda m, o=options: f"{o}: {m}"
+                    )
                 else:
                     assert result.shape == expected.shape and torch.isfinite(result).all(), method
         assert torch.equal(run(), expected)

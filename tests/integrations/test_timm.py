@@ -17,8 +17,11 @@ from tokenprune_ext._patch import features, patched  # noqa: E402
 from . import common  # noqa: E402
 
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 7}
-PREFIXES = ("beit", "deit", "eva", "flexivit", "naflexvit", "samvit", "test_vit", "vit_")
-NAMES = [name for name in timm.list_models() if name.startswith(PREFIXES) and name not in tp.list_models()]
+MODULES = (
+    "beit", "deit", "eva", "naflexvit", "vision_transformer", "vision_transformer_hybrid", "vision_transformer_relpos",
+    "vision_transformer_sam",
+)  # fmt: skip
+NAMES = sorted(name for module in MODULES for name in timm.list_models(module=module))
 
 # Blocks that are no attention and MLP in a row, or another attention.
 REFUSED = {
@@ -162,7 +165,9 @@ def test_families_with_places_train_and_autocast(family):
 def test_masked_training_with_places(family, method):
     """Masked computation, as while training, equals the gathered one."""
     name, options = FAMILIES[family]
-    model, images = small(name, **options, global_pool="token", **({} if family == "dinov3" else {"use_fc_norm": False}))
+    model, images = small(
+        name, **options, global_pool="token", **({} if family == "dinov3" else {"use_fc_norm": False})
+    )
     outputs = []
     with torch.no_grad():
         for dense in (True, False):
@@ -445,6 +450,26 @@ def test_unused_methods_of_every_family_run_the_models_own_blocks(method):
             with patched(model, method, **REDUCING[method]):
                 reduced = model(images)
                 assert torch.isfinite(reduced).all() and not torch.equal(reduced, expected)
+
+
+@pytest.mark.parametrize("family", ["dinov3", "beit"])
+def test_compiled_families_with_places(family):
+    name, options = FAMILIES[family]
+    model, _ = small(name, **options)
+    common.hold_compile(model, lambda batch: torch.randn(batch, 3, 64, 64), methods=[("tome", {"r": 3})])
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["evit", "threshold", "evo"])
+def test_compiled_families(family, method):
+    name, options = FAMILIES[family]
+    model, images = small(name, **options)
+    active = {"evit": {"keep": 0.6, "score_mode": "mean"}, "threshold": {"mode": "topk"}, "evo": {"layer": 1}}
+    if not common.legal(method, active[method], adapter_of(model).facts(model)):
+        pytest.skip("needs a class token")
+    size = images.shape[-1]
+    common.hold_compile(model, lambda batch: torch.randn(batch, 3, size, size), methods=[(method, active[method])])
 
 
 def test_context_manager_keeps_the_error():
