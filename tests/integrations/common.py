@@ -147,10 +147,11 @@ def hold_compile(model, make, output=lambda result: result, *, methods=(("tome",
     for method, options in methods:
         torch._dynamo.reset()
         with patched(model, method, **options):
-            compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+            compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
             with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
                 for batch in (2, 3, 5):
                     images = make(batch)
+                    torch._dynamo.mark_dynamic(images, 0)  # an error where the size of the batch gets fixed
                     torch.testing.assert_close(output(compiled(images)), output(model(images)))
 
 

@@ -153,7 +153,7 @@ def _options(tower: Tower, given: dict) -> dict:
     if given.get("attention_mask") is not None:
         raise ValueError("patched model: attention_mask must be None (reduced tokens have no fixed places), got a mask")
     known = {*tower.arguments, "interpolate_pos_encoding", "attention_mask", *_IGNORED}
-    unknown = [name for name, value in given.items() if name not in known and value not in (None, False)]
+    unknown = [name for name, value in given.items() if not (name in known or value is None or value is False)]
     if unknown:
         raise ValueError(f"patched model: arguments must be among {sorted(known)}, got {unknown}")
     return {name: given[name] for name in tower.options if given.get(name) is not None}
