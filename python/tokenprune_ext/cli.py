@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command ``tokenprune``. Mistakes of the user give one clear line and exit code 2."""
 
-import json
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from ._command import JsonOption, console_for, write_json
 from ._errors import UserError
 from ._version import __version__
+from .tasks import register_commands
 
 app = typer.Typer(
     name="tokenprune",
@@ -20,14 +19,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-JsonOption = Annotated[
-    str | None,
-    typer.Option(
-        "--json",
-        metavar="FILE",
-        help="Write the rows as JSON; '-' is standard output, with nothing else on it.",
-    ),
-]
 ModelOption = Annotated[str, typer.Option(help="A timm vision transformer.")]
 
 
@@ -44,26 +35,6 @@ def _main(
     ] = False,
 ) -> None:
     """Faster vision transformers by processing fewer tokens."""
-
-
-def write_json(data: object, target: str | None) -> None:
-    """Write JSON to a file or, for ``-``, to standard output; None writes nothing."""
-    if target is None:
-        return
-    text = json.dumps(data, indent=1)
-    if target == "-":
-        print(text)
-        return
-    try:
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
-        Path(target).write_text(text + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror or error}") from None
-
-
-def console_for(target: str | None) -> Console:
-    """Where tables go: to standard error when the JSON takes standard output."""
-    return Console(stderr=target == "-")
 
 
 @app.command()
@@ -132,6 +103,11 @@ def env(json_file: JsonOption = None) -> None:
     if json_file != "-":
         print(render(info))
     write_json(info, json_file)
+
+
+evaluations = typer.Typer(help="Accuracy and throughput on data sets.", no_args_is_help=True)
+app.add_typer(evaluations, name="eval")
+register_commands(app, evaluations)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo behind ``tokenprune demo``: one photograph, one ViT, four ways to run it."""
 
-import json
 import os
 import warnings
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import _library, _variants
+from ._command import parse_options  # noqa: F401 - of `tokenprune flops`
 from ._errors import UserError
 from ._flops import total_macs
 from ._images import load_photo, preprocess
@@ -282,24 +282,6 @@ def show(result: dict, console: Console) -> None:
         highlight=False,
     )
     console.print(f"Picture: {result['picture']}", highlight=False)
-
-
-def parse_options(pairs: list[str]) -> dict:
-    """``["r=13", "mode=topk"]`` -> ``{"r": 13, "mode": "topk"}``; values are JSON where that parses.
-
-    Raises:
-        UserError: an entry without ``=``.
-    """
-    parsed = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals or not name:
-            raise UserError(f"--option must have the form NAME=VALUE, got {pair!r}")
-        try:
-            parsed[name] = json.loads(value)
-        except ValueError:
-            parsed[name] = value
-    return parsed
 
 
 @torch.no_grad()
