@@ -35,9 +35,20 @@ def write_json(data: object, target: str | None) -> None:
         raise UserError(f"cannot write {target}: {error.strerror or error}") from None
 
 
-def console_for(target: str | None) -> Console:
-    """Where tables go: to standard error when the JSON takes standard output."""
-    return Console(stderr=target == "-")
+_PLAIN_WIDTH = 160  # of wide tables where there is no terminal to ask
+
+
+def console_for(target: str | None, wide: bool = False) -> Console:
+    """Where tables go: to standard error when the JSON takes standard output.
+
+    Args:
+        target: of the JSON.
+        wide: do not fold the table to 80 columns where the output is no terminal.
+    """
+    console = Console(stderr=target == "-")
+    if wide and not console.is_terminal:
+        console = Console(stderr=target == "-", width=_PLAIN_WIDTH)
+    return console
 
 
 def parse_options(pairs: list[str] | None) -> dict:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from . import commands
 from ._command import JsonOption, console_for, write_json
 from ._errors import UserError
 from ._version import __version__
@@ -76,25 +77,6 @@ def demo(
 
 
 @app.command()
-def flops(
-    model: ModelOption = "deit_small_patch16_224",
-    method: Annotated[str, typer.Option(help="Token-reduction method, or 'none'.")] = "tome",
-    option: Annotated[
-        list[str] | None,
-        typer.Option("--option", "-o", metavar="NAME=VALUE", help="Option of the method, such as r=13 or keep=0.7."),
-    ] = None,
-    image: Annotated[str | None, typer.Option(help="Photograph, for methods that choose by content.")] = None,
-    json_file: JsonOption = None,
-) -> None:
-    """Tokens of every layer and multiply-adds by part, dense and reduced."""
-    from . import demo as demo_module
-
-    result = demo_module.count(model, method, demo_module.parse_options(option or []), image)
-    demo_module.show_count(result, console_for(json_file))
-    write_json(result, json_file)
-
-
-@app.command()
 def env(json_file: JsonOption = None) -> None:
     """Versions, loaded libraries or the reason why not, CPU capability, CUDA archs."""
     from .collect_env import collect, render
@@ -108,6 +90,7 @@ def env(json_file: JsonOption = None) -> None:
 evaluations = typer.Typer(help="Accuracy and throughput on data sets.", no_args_is_help=True)
 app.add_typer(evaluations, name="eval")
 register_commands(app, evaluations)
+commands.add_to(app)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -34,7 +34,7 @@ class Dims:
     """Sizes of a ViT.
 
     Attributes:
-        width, hidden, heads, depth: of the blocks; hidden is the width of the MLP.
+        width, hidden, heads, depth: of the blocks; hidden is the width of the MLP (0: of a kind that has several).
         patches, prefix: tokens of an image, and those in front of them.
         classes, aux_classes: outputs of the classifier and of a second one on every patch (0: none).
         stem: multiply-adds of the patch embedding.
@@ -66,13 +66,12 @@ def dims_of(model: nn.Module) -> Dims | None:
     if not plain or not all(hasattr(block, "attn") and hasattr(block, "mlp") for block in blocks):
         return None
     block = blocks[0]
-    hidden = getattr(getattr(block.mlp, "fc1", None), "out_features", None)
-    if hidden is None or not hasattr(block.attn, "num_heads") or _uneven(blocks):
+    if not hasattr(block.attn, "num_heads") or _uneven(blocks):
         return None
     head, aux = getattr(model, "head", None), getattr(model, "aux_head", None)
     return Dims(
         width=model.embed_dim,
-        hidden=hidden,
+        hidden=getattr(getattr(block.mlp, "fc1", None), "out_features", 0),
         heads=block.attn.num_heads,
         depth=len(blocks),
         patches=stem.num_patches,
@@ -106,13 +105,20 @@ def _conv_macs(stem):
     return macs
 
 
-def matmul_macs(dims: Dims, layers: Sequence[Layer]) -> float:
-    """Linear layers, convolutions and attention products at given token counts, nothing else."""
-    blocks = sum(
-        dims.projections * n + 2 * dims.width * n * n + dims.mlp * m for n, m in ((x.attention, x.mlp) for x in layers)
-    )
+def macs_by_part(dims: Dims, layers: Sequence[Layer]) -> dict[str, float]:
+    """Multiply-adds of linear layers, convolutions and attention products at given token counts."""
     left = layers[-1].mlp - dims.prefix
-    return dims.stem + blocks + dims.width * (dims.classes + left * dims.aux_classes)
+    blocks = sum(dims.projections * layer.attention + dims.mlp * layer.mlp for layer in layers)
+    return {
+        "linear": blocks + dims.width * (dims.classes + left * dims.aux_classes),
+        "conv": dims.stem,
+        "attention": sum(2 * dims.width * layer.attention**2 for layer in layers),
+    }
+
+
+def matmul_macs(dims: Dims, layers: Sequence[Layer]) -> float:
+    """All of :func:`macs_by_part`."""
+    return sum(macs_by_part(dims, layers).values())
 
 
 def uniform(counts: Sequence[float]) -> list[Layer]:
