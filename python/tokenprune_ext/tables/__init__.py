@@ -3,8 +3,8 @@
 
 ``data/published.json`` holds the tables as their authors print them, ``data/*_flops.json`` what is known about the rules
 behind the GFLOPs and further settings. A file of this folder serves the systems (rows of ``published.json``) named in its
-``SYSTEMS`` with ``published(row) -> Row`` and the tables named in its ``FILES`` with ``counted(file) -> [Row]``; it may
-offer ``rule(model, counts) -> Estimate | None``: the rule of its tables for a model at hand.
+``SYSTEMS`` with ``published(row) -> Row`` and the tables named in its ``FILES`` with ``counted(file) -> [Row]``. For models
+at hand it may offer ``serves(model) -> bool`` and ``rule(model, counts) -> Estimate | None``, the rule of its tables.
 
 Every value is computed: from the token counts of our models (or, where there is no model here, from the sizes of the
 published one) by the closed form of the rule. No result is stored.
@@ -18,7 +18,7 @@ from torch import nn
 from ._base import Estimate, Row, names, published_row, read
 from ._vit import Counts, Layer
 
-__all__ = ["Counts", "Estimate", "Layer", "Row", "names", "read", "rows", "rule_of"]
+__all__ = ["Counts", "Estimate", "Layer", "Row", "names", "read", "rows", "rows_like", "rule_of"]
 
 
 def _sources():
@@ -29,8 +29,8 @@ def _sources():
 def rows() -> list[Row]:
     """All rows: those of ``published.json`` in its order, then those of the ``*_flops.json``."""
     sources = _sources()
-    by_system = {system: source for source in sources for system in getattr(source, "SYSTEMS", ())}
-    by_file = {file: source for source in sources for file in getattr(source, "FILES", ())}
+    by_system = {system: source for source in sources for system in _of(source, "SYSTEMS")}
+    by_file = {file: source for source in sources for file in _of(source, "FILES")}
     found = []
     for row in read("published")["rows"]:
         source = by_system.get(row["system"])
@@ -39,6 +39,15 @@ def rows() -> list[Row]:
         if file in by_file:
             found += by_file[file].counted(file)
     return found
+
+
+def rows_like(model: nn.Module) -> list[Row]:
+    """Rows of the tables that have a rule for a model: those that may be of it."""
+    source = _serving(model)
+    if source is None:
+        return []
+    found = [source.published(row) for row in read("published")["rows"] if row["system"] in _of(source, "SYSTEMS")]
+    return found + [row for file in _of(source, "FILES") for row in source.counted(file)]
 
 
 def rule_of(model: nn.Module, counts: Counts) -> Estimate | None:
@@ -51,11 +60,16 @@ def rule_of(model: nn.Module, counts: Counts) -> Estimate | None:
     Returns:
         None when no table has a rule for this model and method.
     """
-    for source in _sources():
-        estimate = source.rule(model, counts) if hasattr(source, "rule") else None
-        if estimate is not None:
-            return estimate
-    return None
+    source = _serving(model)
+    return None if source is None else source.rule(model, counts)
+
+
+def _serving(model):
+    return next((source for source in _sources() if hasattr(source, "serves") and source.serves(model)), None)
+
+
+def _of(source, name):
+    return getattr(source, name, ())
 
 
 def _unknown(row):

@@ -133,3 +133,8 @@ def planned(model: nn.Module) -> list[Layer] | None:
         return uniform([dims.tokens] * dims.depth)
     plan = reducer.plan(dims.depth, dims.tokens)
     return None if plan is None else [Layer(*counts) for counts in plan]
+
+
+def is_swag(model: nn.Module) -> bool:
+    """Whether a model is one of ``models/swag.py``."""
+    return str((getattr(model, "default_cfg", None) or {}).get("architecture", "")).startswith("swag_vit")

@@ -13,7 +13,7 @@ from torch import nn
 from .. import reducers
 from ..models.lvvit import SIZES, LVViT
 from ._base import GIGA, Estimate, Row, built, meta_model, read
-from ._vit import Counts, Dims, Layer, dims_of, linear_weights, matmul_macs, planned, uniform
+from ._vit import Counts, Dims, Layer, dims_of, is_swag, linear_weights, matmul_macs, planned, uniform
 
 FILES = ("classification_flops",)
 MATMUL = "multiply-adds of convolutions, linear layers and attention products"
@@ -42,13 +42,16 @@ _MODELS = {
 }
 
 
+def serves(model: nn.Module) -> bool:
+    """Whether this is a plain ViT; SWAG models are counted otherwise."""
+    return dims_of(model) is not None and not is_swag(model)
+
+
 def rule(model: nn.Module, counts: Counts) -> Estimate | None:
     """The rule of the model's papers; for other methods the plain multiply-adds at the token counts."""
     dims, reducer = dims_of(model), getattr(model, "token_reducer", None)
     if dims is None or any(isinstance(reducer, reducers.get(name)) for name in _OWN_ATTENTION):
         return None
-    if str(getattr(model, "default_cfg", {}).get("architecture", "")).startswith("swag_vit"):
-        return None  # counted otherwise
     if isinstance(reducer, reducers.get("dynamicvit")):
         return Estimate(dynamicvit_estimator(dims, reducer) / GIGA, DYNAMICVIT)
     macs, text = matmul_macs(dims, counts.layers), MATMUL

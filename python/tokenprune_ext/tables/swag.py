@@ -12,7 +12,7 @@ from torch import nn
 
 from .. import reducers
 from ._base import GIGA, Estimate, Row, meta_model, pair, published_row, read
-from ._vit import Counts, Dims, Layer, dims_of, planned
+from ._vit import Counts, Dims, Layer, dims_of, is_swag, planned
 
 SYSTEMS = ("expedit-swag",)
 FILES = ("swag_flops", "swag_methods_flops")
@@ -179,10 +179,13 @@ _METHODS = {
 }
 
 
+def serves(model: nn.Module) -> bool:
+    """Whether this is a SWAG model."""
+    return is_swag(model)
+
+
 def rule(model: nn.Module, counts: Counts) -> Estimate | None:
     """The tables' count of a SWAG model, dense or with one of their methods."""
-    if not str(getattr(model, "default_cfg", {}).get("architecture", "")).startswith("swag_vit"):
-        return None
     dims, reducer = dims_of(model), getattr(model, "token_reducer", None)
     method = next((name for name in _METHODS if name and isinstance(reducer, reducers.get(name))), None)
     if dims is None or (reducer is not None and method is None):

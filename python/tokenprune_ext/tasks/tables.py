@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -140,6 +141,8 @@ def show(rows: list[dict], console: Console) -> None:
         of_system = [row for row in rows if row["system"] == system]
         rules = list(dict.fromkeys(row["rule"] for row in of_system))
         console.print(_table(system, of_system, rules))
+        if any(row["true_gflops"] is not None for row in of_system):
+            console.print(" true: trace of our model, what the method adds included (and alone under method)")
         for number, rule in enumerate(rules, 1):
             console.print(f" ({number}) {rule}", highlight=False)
         notes = dict.fromkeys(row["note"] for row in of_system if row["data_dependent"] and row["note"])
@@ -155,25 +158,22 @@ def _table(system, rows, rules):
     """The columns that have anything in them."""
     columns: dict[str, Callable[[dict], str]] = {
         "id": lambda row: row["id"],
-        "model": lambda row: f"{row['method']} {row['backbone']}".strip(),
         "setting": _setting,
-        "published": lambda row: _number(row["published_gflops"]),
+        "published": lambda row: "" if row["published_gflops"] is None else str(row["published_gflops"]),
         "ours": lambda row: _number(row["ours_gflops"]) + ("*" if row["data_dependent"] else ""),
         "deviation": lambda row: "" if row["deviation"] is None else f"{row['deviation']:+.3%}",
         "rule": lambda row: f"({rules.index(row['rule']) + 1})",
         "true": lambda row: _number(row["true_gflops"]),
-        "of it method": lambda row: _number(row["overhead_gflops"], 4),
+        "method": lambda row: _number(row["overhead_gflops"]),
         "params": lambda row: "" if row["parameters"] is None else f"{row['parameters'] / 1e6:.1f}M",
     }
-    for key in _RESULTS:
-        columns[f"{key}\npublished"] = partial(_result, "published", key)
-        columns[f"{key}\nours"] = partial(_result, "measured", key)
+    columns |= {key: partial(_result, key) for key in _RESULTS}
     cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
-    table = Table(title=f"{system}: GFLOPs (multiply-adds per image)")
+    table = Table(title=f"{system}: GFLOPs (multiply-adds per image)", box=box.SIMPLE_HEAD, pad_edge=False)
     filled = [name for name in cells if any(cells[name])]
     for name in filled:
-        left = name in ("id", "model", "setting")
-        table.add_column(name, justify="left" if left else "right", overflow="fold", no_wrap=name == "id")
+        left = name in ("id", "setting")
+        table.add_column(name, justify="left" if left else "right", overflow="fold", no_wrap=name != "setting")
     for place in range(len(rows)):
         table.add_row(*(cells[name][place] for name in filled))
     return table
@@ -182,15 +182,19 @@ def _table(system, rows, rules):
 def _setting(row):
     given = row["given"] or {}
     counts = "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in given.items())
-    return row["setting"] + (f" [{counts}]".replace("[", "\\[") if counts else "")
+    parts = [f"{row['method']} {row['backbone']}".strip(), row["setting"], f"for {counts}" if counts else ""]
+    return ", ".join(part for part in parts if part).replace("[", r"\[")
 
 
-def _result(group, key, row):
-    return _number(row[group].get(key))
+def _result(key, row):
+    """Published, and ours behind a stroke where it was measured."""
+    published, ours = row["published"].get(key), row["measured"].get(key)
+    text = "" if published is None else str(published)
+    return text if ours is None else f"{text or '-'} | {ours:.4g}"
 
 
-def _number(value, digits=3):
-    return "" if value is None else f"{value:.{digits}f}".rstrip("0").rstrip(".")
+def _number(value):
+    return "" if value is None else f"{value:.3f}"
 
 
 def _summary(rows):
