@@ -135,6 +135,11 @@ def trace(model: nn.Module, images: Tensor) -> list[LayerTrace]:
     adapter, part = _patched("trace", model)
     record, after = [], []
     adapter.forward(part, images, record=record, trace=True, each=lambda layer, x, state: after.append(state))
+    return layer_traces(record, after)
+
+
+def layer_traces(record: list, after: list[TokenState]) -> list[LayerTrace]:
+    """The trace of a forward: its records (see :func:`tokenprune_ext.nn.run_block`) and the states behind the layers."""
     return [
         LayerTrace(
             step.layer,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._patch import LayerTrace, trace
+from ._patch import LayerTrace, _patched, layer_traces
 
 _BORDER = np.array([1.0, 1.0, 1.0])
 
@@ -131,31 +131,72 @@ def _merges(step: LayerTrace, num_prefix: int) -> bool:
     return shared > rows.shape[0]
 
 
-def panels(model: nn.Module, images: Tensor, picture: Tensor, layers: Sequence[int] | None = None):
+def _walk(model, images):
+    """What every layer did: the records of the trace, and the states behind the layers."""
+    adapter, part = _patched("visualize", model)
+    record, after = [], []
+    with torch.no_grad():
+        adapter.forward(part, images, record=record, trace=True, each=lambda layer, x, state: after.append(state))
+    return record, after
+
+
+def _groups(state, layer: int, head: int, patches: int) -> Tensor | None:
+    """Which group of queries every patch belongs to, int ``[patches]``, where a method groups them."""
+    for name in (f"act.q_groups.{layer}", f"smyrf.q_clusters.{layer}"):
+        if name in state.carry:
+            ids = state.carry[name][0]
+            return ids[min(head, ids.shape[0] - 1), -patches:]
+    return None
+
+
+def panels(
+    model: nn.Module, images: Tensor, picture: Tensor, layers: Sequence[int] | None = None, *, head: int = 0
+) -> tuple[str, list[tuple[str, np.ndarray]]]:
     """What a patched model does to one image, drawn for some layers.
 
     Args:
-        model: patched timm vision transformer.
+        model: patched vision transformer.
         images: ``[1, 3, H, W]``, as the model takes them.
         picture: the same crop in 0..1, ``[3, H, W]``.
         layers: default: four, evenly spread.
+        head: whose groups are drawn, in methods that group the queries of every head.
 
     Returns:
         ``(what is drawn, [(panel title, picture [H, W, 3]), ...])``: merged regions where tokens stand for several
-        patches, kept patches otherwise.
+        patches, groups of queries where those share attention, kept patches otherwise.
+
+    Raises:
+        ValueError: the model is not patched, a layer that it does not have, or no grid of patches.
     """
-    steps, grid, prefix = trace(model, images), model.patch_embed.grid_size, model.num_prefix_tokens
-    depth = len(steps)
+    return panels_of(*_walk(model, images), picture, layers, head=head)
+
+
+def panels_of(record, after, picture, layers=None, *, head=0):
+    """:func:`panels` of a walk that was already made (records, and states behind the layers)."""
+    state = record[0].state
+    grid, prefix, depth = state.grid, state.num_prefix, len(record)
+    if grid is None:
+        raise ValueError("panels: model must have a grid of patches, got one without")
     layers = sorted({depth // 4, depth // 2, 3 * depth // 4, depth - 1}) if layers is None else layers
+    if any(not 0 <= layer < depth for layer in layers):
+        raise ValueError(f"panels: layers must lie between 0 and {depth - 1}, got {list(layers)}")
+    steps, patches = layer_traces(record, after), grid[0] * grid[1]
     merging = any(_merges(step, prefix) for step in steps)
-    drawn = []
+    grouping, drawn = False, []
     for layer in layers:
-        step = steps[layer]
-        if merging:
+        step, groups = steps[layer], _groups(after[layer], layer, head, patches)
+        title = f"layer {layer}: {int(step.tokens[0])} tokens"
+        if groups is not None:
+            grouping = True
+            painted = merged_regions(picture, groups, grid)
+            title = f"layer {layer}: {len(groups.unique())} groups"
+        elif merging:
             painted = merged_regions(picture, step.parent[0, prefix:], grid)
         else:
-            painted = kept_patches(picture, kept_mask(step, grid[0] * grid[1]), grid)
-        drawn.append((f"layer {layer}: {int(step.tokens[0])} tokens", painted))
+            painted = kept_patches(picture, kept_mask(step, patches), grid)
+        drawn.append((title, painted))
+    if grouping:
+        return f"groups of queries, head {head}", drawn
     return "merged regions" if merging else "kept patches", drawn
 
 
@@ -177,8 +218,55 @@ def visualize(model: nn.Module, images: Tensor, path: str | Path, *, layers: Seq
         for key, default in (("mean", (0.5,) * 3), ("std", (0.5,) * 3))
     )
     picture = (images[0].float().cpu() * std + mean).clamp(0, 1)
-    title, drawn = panels(model, images[:1], picture, layers)
-    return draw_rows(picture, [(f"{type(model.token_reducer).__name__}: {title}", drawn)], path)
+    return draw_method(model, images[:1], picture, path, layers=layers)[0]
+
+
+def draw_method(
+    model: nn.Module,
+    images: Tensor,
+    picture: Tensor,
+    path: str | Path,
+    *,
+    layers: Sequence[int] | None = None,
+    head: int = 0,
+    title: str | None = None,
+) -> tuple[Path, dict]:
+    """Write one row: the input, what the method does to it in some layers, and the tokens of every layer as a curve.
+
+    Args:
+        model: patched vision transformer.
+        images: ``[1, 3, H, W]``, as the model takes them.
+        picture: the same crop in 0..1, ``[3, H, W]``.
+        path: file to write, ``.png`` or ``.jpg`` (its folder is made).
+        layers, head: see :func:`panels`.
+        title: default: name of the method.
+
+    Returns:
+        ``(path, {"drawn": what is shown, "layers": [...], "tokens": per layer, "tokens_mlp": per layer})``.
+    """
+    record, after = _walk(model, images)
+    what, drawn = panels_of(record, after, picture, layers, head=head)
+    counts = [[int(getattr(step, part)[0]) for step in record] for part in ("attention", "mlp")]
+    name = type(_patched("visualize", model)[1].token_reducer).__name__ if title is None else title
+    figure, axes = _figure(1, len(drawn) + 2)
+    _fill_row(axes[0], picture, f"{name}: {what}", drawn)
+    _draw_curve(axes[0][-1], *counts)
+    shown = [int(text.split(":")[0].split()[1]) for text, _ in drawn]
+    return _save(figure, path), {"drawn": what, "layers": shown, "tokens": counts[0], "tokens_mlp": counts[1]}
+
+
+def _draw_curve(axis, attention, mlp):
+    """Tokens in the attention and in the MLP of every layer, beside those of the dense model."""
+    axis.set_axis_on()
+    layers = range(len(attention))
+    axis.step(layers, [attention[0]] * len(attention), where="mid", color="0.7", label="dense")
+    axis.step(layers, attention, where="mid", color="tab:blue", label="attention")
+    if mlp != attention:
+        axis.step(layers, mlp, where="mid", color="tab:orange", linestyle="--", label="MLP")
+    axis.set_ylim(0, 1.08 * attention[0])
+    axis.set_title("tokens per layer", fontsize=9)
+    axis.tick_params(labelsize=7)
+    axis.legend(fontsize=7, loc="lower left", frameon=False)
 
 
 def draw_rows(image: Tensor, rows: Sequence[tuple[str, Sequence[tuple[str, np.ndarray]]]], path: str | Path) -> Path:
@@ -192,21 +280,35 @@ def draw_rows(image: Tensor, rows: Sequence[tuple[str, Sequence[tuple[str, np.nd
     Returns:
         The path.
     """
+    figure, grid = _figure(len(rows), 1 + max(len(panels) for _, panels in rows))
+    for axes, (title, panels) in zip(grid, rows, strict=True):
+        _fill_row(axes, image, title, panels)
+    return _save(figure, path)
+
+
+def _figure(rows, columns):
+    """A figure with empty axes ``[rows][columns]``."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = 1 + max(len(panels) for _, panels in rows)
-    figure = Figure(figsize=(2.1 * columns, 2.45 * len(rows)), layout="constrained", dpi=110)
+    figure = Figure(figsize=(2.1 * columns, 2.45 * rows), layout="constrained", dpi=110)
     FigureCanvasAgg(figure)  # no display is needed, and the caller's matplotlib backend stays as it is
-    grid = figure.subplots(len(rows), columns, squeeze=False)
-    for axes, (title, panels) in zip(grid, rows, strict=True):
-        for axis in axes:
-            axis.set_axis_off()
-        axes[0].imshow(_pixels(image))
-        axes[0].set_title(title, fontsize=10, fontweight="bold", loc="left")
-        for axis, (subtitle, picture) in zip(axes[1:], panels, strict=False):
-            axis.imshow(picture.clip(0, 1))
-            axis.set_title(subtitle, fontsize=9)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axis in grid.flat:
+        axis.set_axis_off()
+    return figure, grid
+
+
+def _fill_row(axes, image, title, panels):
+    """The input with the title of the row, then the panels."""
+    axes[0].imshow(_pixels(image))
+    axes[0].set_title(title, fontsize=10, fontweight="bold", loc="left")
+    for axis, (subtitle, picture) in zip(axes[1:], panels, strict=False):
+        axis.imshow(picture.clip(0, 1))
+        axis.set_title(subtitle, fontsize=9)
+
+
+def _save(figure, path):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

@@ -204,6 +204,17 @@ def _cut_rows(q_order, k_order, q_size, k_size, q_valid, k_valid):
     return sides
 
 
+def _cluster_of(order, size, per_row):
+    """The cluster of every query in one round, int64 ``[R, N]``, where all slots hold tokens."""
+    rows, tokens = order.shape
+    place = torch.arange(tokens, device=order.device).repeat(rows, 1)
+    if per_row:
+        place = ((place + 1) * -(-tokens // size) - 1) // tokens
+    else:
+        place = (place + torch.arange(rows, device=order.device)[:, None] * tokens) // size
+    return torch.empty_like(place).scatter_(1, order, place)
+
+
 def _lengths(order, valid):
     """Tokens of each row, int64 ``[R]``."""
     rows, tokens = order.shape[1:]
@@ -319,6 +330,9 @@ class SMYRF(Reducer):
             k_valid=valid,
             key_bias=bias,
         )
+        if "parent" in state.carry:  # a trace
+            clusters = _cluster_of(orders[0][0], self.cluster_size, self.per_row)
+            state = state.with_carry(**{f"smyrf.q_clusters.{layer}": clusters.view(-1, like.shape[-2], q.shape[1])})
         return x + branch.scale(branch.out(token_rows(mixed, state, like), z), state), state
 
     def plan(self, depth: int, n: int) -> list[tuple[int, int]]:

@@ -133,6 +133,35 @@ def _predict(
     write_json(result, json_file)
 
 
+def _visualize(
+    image: Annotated[str | None, typer.Argument(help="Picture; default: the one that scikit-image ships.")] = None,
+    model: Model = "deit_small_patch16_224",
+    method: Method = None,
+    option: OptionPairs = None,
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = False,
+    image_size: ImageSize = None,
+    layers: Annotated[str | None, typer.Option(help="Layers to draw, such as 3,6,9; default: four.")] = None,
+    head: Annotated[int, typer.Option(help="Whose groups are drawn, in act and smyrf.")] = 0,
+    out: Annotated[str, typer.Option(help="Picture to write, .jpg or .png.")] = "out/visualize.jpg",
+    json_file: JsonOption = None,
+) -> None:
+    """Draw what a method does to a picture: merged regions, kept patches or groups, and the tokens of every layer."""
+    from . import visualize as module
+
+    console = console_for(json_file)
+    wanted = _wanted(model, method, option, checkpoint, pretrained, image_size, None)
+    result = module.visualize(module.Options(image, wanted, layers, head, out))
+    console.print(f"{result['drawn']}, layers {', '.join(map(str, result['layers']))}: {result['picture']}")
+    console.print("tokens per layer: " + " ".join(map(str, result["tokens"])), highlight=False)
+    if result["weights"] == "seeded":
+        console.print(
+            "Seeded random weights: what is kept or merged means little (--checkpoint FILE or --pretrained).",
+            soft_wrap=True,
+        )
+    write_json(result, json_file)
+
+
 def register(app: typer.Typer, evaluations: typer.Typer) -> None:
     """Add the commands.
 
@@ -142,3 +171,4 @@ def register(app: typer.Typer, evaluations: typer.Typer) -> None:
     """
     evaluations.command("classification")(_evaluate)
     app.command("predict")(_predict)
+    app.command("visualize")(_visualize)

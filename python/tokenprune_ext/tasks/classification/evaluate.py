@@ -420,4 +420,6 @@ def show(result: dict, console: Console) -> None:
         table.add_row(*row)
     console.print(table)
     if result["weights"] == "seeded":
-        console.print("Seeded random weights: the accuracy means nothing (--checkpoint FILE or --pretrained).")
+        console.print(
+            "Seeded random weights: the accuracy means nothing (--checkpoint FILE or --pretrained).", soft_wrap=True
+        )

@@ -106,4 +106,6 @@ def show(result: dict, console: Console) -> None:
             table.add_row(row["image"] if place == 0 else "", name, f"{found['probability']:.1%}", end_section=False)
     console.print(table)
     if result["weights"] == "seeded":
-        console.print("Seeded random weights: the classes mean nothing (--checkpoint FILE or --pretrained).")
+        console.print(
+            "Seeded random weights: the classes mean nothing (--checkpoint FILE or --pretrained).", soft_wrap=True
+        )
