@@ -196,7 +196,7 @@ def panels_of(record, after, picture, layers=None, *, head=0):
             painted = kept_patches(picture, kept_mask(step, patches), grid)
         drawn.append((title, painted))
     if grouping:
-        return f"groups of queries, head {head}", drawn
+        return f"groups of head {head}", drawn
     return "merged regions" if merging else "kept patches", drawn
 
 
@@ -265,6 +265,7 @@ def _draw_curve(axis, attention, mlp):
         axis.step(layers, mlp, where="mid", color="tab:orange", linestyle="--", label="MLP")
     axis.set_ylim(0, 1.08 * attention[0])
     axis.set_title("tokens per layer", fontsize=9)
+    axis.set_xticks(range(0, len(attention), max(len(attention) // 4, 1)))
     axis.tick_params(labelsize=7)
     axis.legend(fontsize=7, loc="lower left", frameon=False)
 
