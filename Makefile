@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := $(wildcard csrc/*/* csrc/*.cpp) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test bench lint format docs wheel cuda-check gpu-check sanitize clean
+.PHONY: demo test bench lint format docs pictures wheel cuda-check gpu-check sanitize clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.deps: pyproject.toml
@@ -44,6 +44,10 @@ format: $(VENV)/.deps
 docs: $(VENV)/.built
 	$(BIN)/pip install --quiet "mkdocs>=1.6,<2" "mkdocs-material>=9.5,<10"
 	$(BIN)/mkdocs build --strict
+
+# The pictures of docs/methods; ARGS="--checkpoint deit_small_patch16_224-cd65a155.pth" for real weights.
+pictures: $(VENV)/.built
+	$(BIN)/python tools/render_pictures.py $(ARGS)
 
 wheel: $(VENV)/.deps
 	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0;8.6;8.9;9.0a;10.0a;12.0+PTX}" $(BIN)/pip wheel --no-build-isolation --no-deps -w dist .
