@@ -56,14 +56,19 @@ def create(folder, wheel, packages=None):
     (site,) = folder.glob("lib/python*/site-packages")
     if packages is not None:
         (site / "torch_from_outside.pth").write_text(f"{packages}\n")
-    command(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel)
+    install = (sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel)
+    command(*install, env=without_this_tree())
     return python
+
+
+def without_this_tree():
+    """The environment without PYTHONPATH and our switches: pip must not take this tree for an installation."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "TOKENPRUNE"))}
 
 
 def smoke(python, folder):
     """Run the smoke test with no compiler to be found and nothing of this tree on the path."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "TOKENPRUNE"))}
-    environment["PATH"] = str(python.parent)
+    environment = {**without_this_tree(), "PATH": str(python.parent)}
     return json.loads(command(python, "-I", SMOKE, cwd=folder, env=environment))
 
 
@@ -119,6 +124,7 @@ def test_the_same_wheel_under_torch_2_11(wheel, tmp_path):
         "torch==2.11.0",
         "--extra-index-url",
         index,
+        env=without_this_tree(),
     )
     report = smoke(python, tmp_path)
     assert report["loaded"] and report["torch"].startswith("2.11")
