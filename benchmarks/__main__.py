@@ -16,10 +16,11 @@ from tokenprune_ext import _library
 from tokenprune_ext.profiling import ceilings, choose_clock, describe, threads
 
 import benchmarks
-from benchmarks import report
+from benchmarks import figures, report
 from benchmarks.core import Context, run_case
 
 ROOT = Path(__file__).resolve().parents[1]
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 class UserError(Exception):
@@ -37,6 +38,7 @@ def find_families(suite: str | None, family: str | None) -> list[tuple[str, str,
         found += [
             (name, m.name, importlib.import_module(f"{package.__name__}.{m.name}"))
             for m in pkgutil.iter_modules(package.__path__)
+            if not m.name.startswith("_")
         ]
     if family is not None:
         known = sorted({entry[1] for entry in found})
@@ -59,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
         help="CPU threads; a list such as 1,2 also reports the scaling (default: 1,2; 1 with --quick)",
     )
     parser.add_argument("--quick", action="store_true", help="fewer cases, no compiled peers, short rounds")
+    parser.add_argument("--full", action="store_true", help="every row of every published table (hours)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="only this dtype (default: both)")
     parser.add_argument("--budget", type=float, help="seconds per case (default 3; 0.5 with --quick)")
     parser.add_argument(
         "--clock",
@@ -75,7 +79,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="do not measure: show the results of an earlier --json FILE",
     )
-    parser.add_argument("--readme", action="store_true", help="put the table into README.md between its markers")
+    parser.add_argument(
+        "--figures",
+        metavar="DIR",
+        help="write a figure per family (default: the folder 'figures' beside the file of --json)",
+    )
+    parser.add_argument(
+        "--readme",
+        action="store_true",
+        help="put the headline rows into README.md and all of them into docs/performance.md, between their markers",
+    )
     return parser
 
 
@@ -115,6 +128,8 @@ def run(options: argparse.Namespace, console: Console) -> dict:
                 budget_s=options.budget or (0.5 if options.quick else 3.0),
                 clock=options.clock,
                 graphs=device.type == "cuda",
+                full=options.full,
+                dtypes=(getattr(torch, options.dtype),) if options.dtype else DTYPES,
             )
             limits = ceilings(device, context.dtypes, budget_s=min(context.budget_s, 1.0))
             by_threads[str(count)] = limits | {"clock": choose_clock(device, options.clock)}
@@ -130,6 +145,15 @@ def run(options: argparse.Namespace, console: Console) -> dict:
                         console.print(line, highlight=False, markup=False, soft_wrap=True)
     out["ceilings"] = by_threads[str(counts[0])] | {"by_threads": by_threads}
     return out
+
+
+def _draw(out: dict, folder: Path, console: Console) -> None:
+    try:
+        files = figures.draw(out, folder)
+    except ModuleNotFoundError as error:
+        console.print(f"No figures: {error} (pip install matplotlib)")
+        return
+    console.print(f"Figures: {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -154,8 +178,10 @@ def main(arguments: list[str] | None = None) -> int:
     elif options.json:
         Path(options.json).parent.mkdir(parents=True, exist_ok=True)
         Path(options.json).write_text(json.dumps(out, indent=1) + "\n")
+    if options.figures or (options.json not in (None, "-") and out["results"]):
+        _draw(out, Path(options.figures or Path(options.json).parent / "figures"), console)
     if options.readme:
-        report.write_readme(out, ROOT / "README.md")
+        report.write_readme(out, ROOT / "README.md", ROOT / "docs" / "performance.md")
     return 0 if not any("NOT TIMED" in note for note in out["notes"]) else 1
 
 

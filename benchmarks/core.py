@@ -7,6 +7,7 @@ Its inputs are made only when the case is run.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from tokenprune_ext.profiling import Samples, measure, ratio
@@ -18,7 +19,7 @@ FLOOR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.b
 
 @dataclass(frozen=True)
 class Context:
-    """Options of one run."""
+    """Options of one run. ``full``: cases that take hours, too."""
 
     device: torch.device
     threads: int
@@ -26,11 +27,8 @@ class Context:
     budget_s: float
     clock: str
     graphs: bool = False
-
-    @property
-    def dtypes(self) -> tuple[torch.dtype, ...]:
-        """Dtypes that every family covers."""
-        return (torch.float32, torch.bfloat16)
+    full: bool = False
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -70,6 +68,8 @@ class Prepared:
         verify: replaces the comparison with ``reference`` (discrete outputs); returns the complaint or None.
         flops, bytes: of the formula, a multiply-add being two.
         extra: further result fields, computed from the samples.
+        min_rounds: rounds that are run however long they take.
+        cold: the inputs are in no cache: the floor is that of a copy in memory.
     """
 
     ours: Callable[[], object]
@@ -82,15 +82,37 @@ class Prepared:
     verify: Callable[[object], str | None] | None = None
     extra: Callable[[dict[str, Samples]], dict] | None = None
     notes: list[str] = field(default_factory=list)
+    min_rounds: int = 5
+    cold: bool = False
 
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the table; ``make`` builds the inputs."""
+    """One line of the table; ``make`` builds the inputs. ``headline``: also in the short table."""
 
     name: str
     dtype: torch.dtype
     make: Callable[[], Prepared]
+    headline: bool = False
+
+
+def last_cache_bytes(device: torch.device) -> int:
+    """Size of the last cache in front of memory (32 MiB where the system does not tell)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
+    units = {"K": 2**10, "M": 2**20}
+    texts = [path.read_text().strip() for path in sizes]
+    return max((int(t[:-1]) * units[t[-1]] for t in texts if t[-1:] in units), default=2**25)
+
+
+def copies(tensors: tuple[Tensor, ...], cold: bool = True) -> list[tuple[Tensor, ...]]:
+    """Equal sets of tensors, at least four and together four times larger than the last cache; one if not ``cold``."""
+    if not cold:
+        return [tuple(t.clone() for t in tensors)]
+    wanted = 4 * last_cache_bytes(tensors[0].device)
+    count = max(4, -(-wanted // sum(t.numel() * t.element_size() for t in tensors)))
+    return [tuple(t.clone() for t in tensors) for _ in range(count)]
 
 
 def tensors_of(output) -> tuple[Tensor, ...]:
@@ -185,7 +207,9 @@ def _graphed(functions: dict[str, Callable], notes: list[str]) -> dict[str, Call
 
 def floor_ms(prepared: Prepared, dtype: torch.dtype, ceilings: dict) -> float:
     """Time below which this machine cannot go: bytes at the copy rate or FLOPs at the GEMM rate."""
-    by_bytes = prepared.bytes / (ceilings["copy_gbs"] * 1e9)
+    by_size = ceilings.get("copy_gbs_by_mib", {})
+    largest = by_size[max(by_size, key=int)] if prepared.cold and by_size else ceilings["copy_gbs"]
+    by_bytes = prepared.bytes / (largest * 1e9)
     rate = ceilings["gemm_gflops"].get(str(dtype).removeprefix("torch."))
     by_flops = prepared.flops / (rate * 1e9) if rate else 0.0
     return max(by_bytes, by_flops) * 1e3
@@ -238,7 +262,13 @@ def run_case(suite: str, family: str, case: Case, context: Context, ceilings: di
             modes[" (CUDA graph)"] = graphed
     results = []
     for suffix, variants in modes.items():
-        samples = measure(variants, device=context.device, budget_s=context.budget_s, clock=context.clock)
+        samples = measure(
+            variants,
+            device=context.device,
+            budget_s=context.budget_s,
+            clock=context.clock,
+            min_rounds=prepared.min_rounds,
+        )
         same = {name: samples[name].median_ms for name in variants if name != "ours" and peers[name].same}
         best = min(same, key=same.get, default=None)
         ours_ms = samples["ours"].median_ms
@@ -258,6 +288,7 @@ def run_case(suite: str, family: str, case: Case, context: Context, ceilings: di
             "bytes": prepared.bytes,
             "floor_ms": floor_ms(prepared, case.dtype, ceilings),
             "checked": True,
+            "headline": case.headline,
         }
         if prepared.extra is not None:
             result |= prepared.extra(samples)

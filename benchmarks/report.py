@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables of a run: on the terminal, the verdict on every target, and the table in README.md."""
 
+from collections import defaultdict
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 BEGIN, END = "<!-- benchmarks:begin (python -m benchmarks --readme) -->", "<!-- benchmarks:end -->"
-SCALING_TARGET = {"attention": 1.85}  # two threads over one; 1.6 elsewhere
+SHORT = 2  # rows per family and dtype in README.md
+SCALING_TARGET = {"attention": 1.85, "cluster": 1.85, "deform": 1.85}  # two threads over one; 1.6 elsewhere
 
 
 def _ms(value: float) -> str:
@@ -136,28 +138,45 @@ def scaling(results: list[dict]) -> list[dict]:
     return rows
 
 
+def _lost(result: dict) -> str:
+    """Where the time of a reduced model goes that its FLOPs do not explain."""
+    scaled = result["dense_ms"] / result["expected_speedup"]
+    text = f"the dense parts scaled would take {_ms(scaled)}, "
+    left = result["ours_ms"] - scaled
+    if left <= 0:
+        return text + "the rest of the target is out of their reach: parts run at different rates"
+    return text + f"the method and smaller products cost {_ms(left)} more"
+
+
+def _shortfall(result: dict, target: dict) -> str:
+    short = f"{100 * (1 - target['got'] / target['ratio']):.0f} % short"
+    if result.get("method", "dense") != "dense":
+        ideal = f", ideal {result['ideal_speedup']:.2f}x"
+        return f"{target['got']:.2f}x over {target['peer']}, target {target['ratio']:.2f}x{ideal} ({short}; {_lost(result)})"
+    room = f"{_of_floor(result)}, which allows {result['peers'][target['peer']] / result['floor_ms']:.1f}x"
+    return f"{target['got']:.2f}x over {target['peer']}, target {target['ratio']:.2f}x ({short}; {room})"
+
+
+def _of_floor(result: dict) -> str:
+    return f"ours reaches {100 * result['floor_ms'] / result['ours_ms']:.0f} % of the floor"
+
+
 def verdicts(out: dict) -> list[str]:
-    """One line per missed target: by how much, and what the machine leaves to gain."""
+    """One line per missed target: by how much, and why or what the machine leaves to gain."""
     lines = []
     for result in out["results"]:
-        where = f"{result['case']} {result['dtype']} {result['threads']} thread(s)"
-        room = f"ours reaches {100 * result['floor_ms'] / result['ours_ms']:.0f} % of the floor"
+        where = f"MISSED {result['case']} {result['dtype']} {result['threads']} thread(s)"
         for target in result["targets"]:
             if target["reached"]:
                 continue
             if target["peer"] is None:
-                lines.append(f"MISSED {where}: {_ms(target['got'])}, target {_ms(target['ms'])}; {room}")
+                lines.append(f"{where}: {_ms(target['got'])}, target {_ms(target['ms'])}; {_of_floor(result)}")
             else:
-                short = 100 * (1 - target["got"] / target["ratio"])
-                room_text = f"; {room}, which allows {result['peers'][target['peer']] / result['floor_ms']:.1f}x"
-                lines.append(
-                    f"MISSED {where}: {target['got']:.2f}x over {target['peer']}, "
-                    f"target {target['ratio']:.2f}x ({short:.0f} % short{room_text})"
-                )
+                lines.append(f"{where}: {_shortfall(result, target)}")
         if result.get("efficiency_target") and result["efficiency"] < result["efficiency_target"]:
             lines.append(
-                f"MISSED {where}: {result['efficiency']:.2f} of the expected speed-up, "
-                f"target {result['efficiency_target']:.2f}"
+                f"{where}: {result['efficiency']:.2f} of the expected speed-up, "
+                f"target {result['efficiency_target']:.2f} ({_lost(result)})"
             )
     lines += [
         f"MISSED {row['case']} {row['dtype']}: two threads {row['gain']:.2f}x one, target {row['target']:.2f}x"
@@ -195,16 +214,33 @@ def show(out: dict, console: Console) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _markdown(out: dict) -> str:
+def short_list(results: list[dict]) -> list[dict]:
+    """A handful per family for README.md: rows marked as headlines, otherwise the first ones; the fewest threads."""
+    fewest = min((result["threads"] for result in results), default=1)
+    families = defaultdict(list)
+    for result in results:
+        if result["threads"] == fewest:
+            families["model" in result, result["family"], result["dtype"]].append(result)
+    chosen = []
+    for (is_model, *_), rows in families.items():
+        marked = [row for row in rows if row.get("headline")]
+        if is_model:
+            chosen += [row for row in marked or rows if row["method"] != "dense" and not row.get("packed")]
+        else:
+            chosen += (marked or [row for row in rows if row["ratio"] is not None])[:SHORT]
+    return chosen
+
+
+def _markdown(out: dict, results: list[dict]) -> str:
     machine = out["machine"]
     lines = [
         f"Measured on {machine.get('gpu', machine['cpu'])}, torch {machine['torch']}; "
         "ours and the peer interleaved in one run, medians.",
-        "",
-        "| case | dtype | threads | ours | peer | ratio |",
-        "|---|---|---|---|---|---|",
     ]
-    for result in (r for r in out["results"] if "model" not in r and r["ratio"] is not None):
+    ops = [r for r in results if "model" not in r and r["ratio"] is not None]
+    if ops:
+        lines += ["", "| case | dtype | threads | ours | peer | ratio |", "|---|---|---|---|---|---|"]
+    for result in ops:
         peer = result["target_peer"]
         cells = (
             *(result["case"], result["dtype"], result["threads"], _ms(result["ours_ms"])),
@@ -212,27 +248,40 @@ def _markdown(out: dict) -> str:
             f"**{result['ratio']:.2f}x**",
         )
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    models = [r for r in out["results"] if "model" in r]
-    if models:
+    return "\n".join(lines + _models_markdown([r for r in results if "model" in r]))
+
+
+def _models_markdown(models: list[dict]) -> list[str]:
+    lines = []
+    reduced = [r for r in models if r["method"] != "dense"]
+    if reduced:
         lines += [
             "",
             "| model | dtype | threads | dense | reduced | speed-up | FLOPs-ideal | expected |",
             "|---|---|---|---|---|---|---|---|",
         ]
-    for r in models:
+    for r in reduced:
         cells = (
             f"{r['model']}, {r['method']} {r['setting']}, batch {r['batch']}",
             *(r["dtype"], r["threads"], _ms(r["dense_ms"]), _ms(r["ours_ms"])),
             *(f"**{r['speedup']:.2f}x**", f"{r['ideal_speedup']:.2f}x", f"{r['expected_speedup']:.2f}x"),
         )
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+    dense = [r for r in models if r["method"] == "dense"]
+    if dense:
+        lines += ["", "| dense model | dtype | threads | ours | others |", "|---|---|---|---|---|"]
+    for r in dense:
+        others = "; ".join(f"{name} {_ms(ms)}" for name, ms in r["peers"].items())
+        cells = (f"{r['model']}{', packed weights' * r['packed']}, batch {r['batch']}", r["dtype"], r["threads"])
+        lines.append("| " + " | ".join(map(str, (*cells, _ms(r["ours_ms"]), others))) + " |")
+    return lines
 
 
-def write_readme(out: dict, path: Path) -> None:
-    """Replace what lies between the markers of README.md by the table of this run."""
-    text = path.read_text()
-    if BEGIN not in text or END not in text:
-        raise SystemExit(f"benchmarks: {path.name} has no lines {BEGIN!r} and {END!r}")
-    head, rest = text.split(BEGIN, 1)
-    path.write_text(f"{head}{BEGIN}\n{_markdown(out)}\n{END}{rest.split(END, 1)[1]}")
+def write_readme(out: dict, readme: Path, full: Path) -> None:
+    """Put the tables of this run between the markers: a handful of rows into README.md, all into ``full``."""
+    for path, results in ((readme, short_list(out["results"])), (full, out["results"])):
+        text = path.read_text()
+        if BEGIN not in text or END not in text:
+            raise SystemExit(f"benchmarks: {path.name} has no lines {BEGIN!r} and {END!r}")
+        head, rest = text.split(BEGIN, 1)
+        path.write_text(f"{head}{BEGIN}\n{_markdown(out, results)}\n{END}{rest.split(END, 1)[1]}")

@@ -28,6 +28,7 @@ class Shape:
 
 SDPA = "index_select + SDPA with mask + CLS row"
 EAGER = "index_select + eager softmax with bias"
+FLEX = "index_select + compiled FlexAttention + CLS row"
 SHAPES = (
     Shape("deit_s_224_keep.7", 197, 137, 6, quick=True),
     Shape("vit_l_512_keep.5", 1025, 512, 16, quick=True),
@@ -43,6 +44,12 @@ def _targets(shape: Shape, dtype: torch.dtype) -> tuple[Target, ...]:
     if dtype == torch.float32:
         return (Target(SDPA, 2.6),)
     return (Target(SDPA, 4.5),) if shape.kept >= 1025 else (Target(EAGER, 2.2),)
+
+
+def _flex_attention():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention
 
 
 def _attend_eager(q, k, v, bias, scale):
@@ -95,6 +102,17 @@ def _indexed(context: Context, shape: Shape, dtype: torch.dtype) -> Prepared:
         out, cls = _attend_eager(q, k, v, log_size.double().cpu(), scale)
         return out[0], cls[0]
 
+    flexible = torch.compile(_flex_attention(), dynamic=False)
+
+    def by_key(score, batch, head, row, column):
+        return score + log_size[column]
+
+    def flex():
+        q, k, v = gathered()
+        out = flexible(q, k, v, score_mod=by_key, scale=scale)
+        cls = (q[:, :, :1] @ k.transpose(-2, -1) * scale + bias).softmax(-1)
+        return out.transpose(1, 2).contiguous()[0], cls[0, :, 0]
+
     compiled = torch.compile(eager, dynamic=False)
     element, pairs = qkv.element_size(), shape.kept * shape.kept * shape.heads
     return Prepared(
@@ -103,6 +121,7 @@ def _indexed(context: Context, shape: Shape, dtype: torch.dtype) -> Prepared:
             SDPA: Peer(sdpa),
             EAGER: Peer(eager),
             "torch.compile of the eager way": Peer(compiled, slow=True),
+            FLEX: Peer(flex, slow=True),
             "index_select + SDPA (no bias, no CLS row)": Peer(sdpa_plain, same=False),
         },
         plain=SDPA,
@@ -154,6 +173,22 @@ def _ragged(context: Context, dtype: torch.dtype, heads: int = 16, dim: int = 64
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None].expand(-1, 1, longest, -1))
         return out.transpose(1, 2)[valid]
 
+    owner = torch.repeat_interleave(torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device))
+    flexible = torch.compile(_flex_attention(), dynamic=False)
+
+    def blocks():
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        same = lambda batch, head, row, column: owner[row] == owner[column]
+        return create_block_mask(same, None, None, total, total, device=device.type)
+
+    mask = []  # made at the first call: a device without FlexAttention must not stop the others
+
+    def flex():
+        mask[:] = mask or [blocks()]
+        q, k, v = (t.transpose(0, 1)[None] for t in qkv.unbind(1))
+        return flexible(q, k, v, block_mask=mask[0])[0].transpose(0, 1)
+
     def varlen():
         from torch.nn.attention.varlen import varlen_attn
 
@@ -168,8 +203,9 @@ def _ragged(context: Context, dtype: torch.dtype, heads: int = 16, dim: int = 64
     peers = {
         "loop of SDPA": Peer(lambda: loop(F.scaled_dot_product_attention)),
         "loop of eager": Peer(lambda: loop(eager)),
-        "nested tensor SDPA": Peer(nested),
+        "nested (jagged) tensor SDPA": Peer(nested),
         "padded SDPA with mask": Peer(padded),
+        "compiled FlexAttention with block mask": Peer(flex, slow=True),
     }
     if device.type == "cuda":
         peers["varlen_attn"] = Peer(varlen)
@@ -191,5 +227,6 @@ def cases(context: Context):
         for shape in SHAPES:
             if shape.quick or not context.quick:
                 name = f"{shape.name}_n{shape.kept}_h{shape.heads}_index_bias_cls"
-                yield Case(name, dtype, lambda s=shape, d=dtype: _indexed(context, s, d))
-        yield Case("ragged_b8_256..768_h16", dtype, lambda d=dtype: _ragged(context, d))
+                headline = shape.name.startswith("vit_l_512")
+                yield Case(name, dtype, lambda s=shape, d=dtype: _indexed(context, s, d), headline)
+        yield Case("ragged_b8_256..768_h16", dtype, lambda d=dtype: _ragged(context, d), True)

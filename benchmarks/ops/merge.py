@@ -111,4 +111,4 @@ def cases(context: Context):
     for dtype in context.dtypes:
         for name, tokens, width, r in shapes:
             case = f"tome_step_{name}_n{tokens}_c{width}_r{r}"
-            yield Case(case, dtype, lambda d=dtype, n=tokens, c=width, k=r: _step(context, d, n, c, k))
+            yield Case(case, dtype, lambda d=dtype, n=tokens, c=width, k=r: _step(context, d, n, c, k), True)

@@ -3,18 +3,22 @@
 
 4200 patches are a 800 x 1333 image at stride 16; 0.49 is the share that SViT keeps in its middle layers.
 ``torch.gather`` with ``scatter_`` is what SViT's own code uses; ``index_select`` with ``index_copy_`` is the
-fastest way in PyTorch.
+fastest way in PyTorch. Moving rows is bound by memory: the inputs rotate through copies that are together four times larger
+than the last cache, since between two layers of a real model they leave it; ``_hot`` shows one copy again and again.
 """
 
+from functools import partial
 from itertools import cycle
 
 import torch
 import torch.nn.functional as F
 from tokenprune_ext import ops
 
-from benchmarks.core import Case, Context, Peer, Prepared, Target
+from benchmarks.core import Case, Context, Peer, Prepared, Target, copies
 
 TOKENS, WIDTH, KEEP = 4200, 384, 0.49
+SIZES = ((197, 384), (1025, 1024), (TOKENS, WIDTH), (8 * TOKENS, WIDTH))
+SELECT_COPY, SELECT_ADD = "index_select + index_copy_", "index_select, layer_norm, index_add_"
 
 
 def _kept(tokens: int, keep: float, device, generator) -> torch.Tensor:
@@ -23,45 +27,58 @@ def _kept(tokens: int, keep: float, device, generator) -> torch.Tensor:
     return torch.randperm(tokens, generator=generator)[:count].sort().values.to(device)
 
 
-def _gather_scatter(context: Context, dtype: torch.dtype) -> Prepared:
+def _gather_scatter(context: Context, dtype: torch.dtype, shape: tuple[int, int], cold: bool) -> Prepared:
+    count, width = shape
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(TOKENS, WIDTH, generator=generator).to(context.device, dtype)
-    long = _kept(TOKENS, KEEP, context.device, generator)
-    short, wide = long.int(), long[None, :, None].expand(1, -1, WIDTH)
-    maps = {name: x.clone() for name in ("ours", "select", "gather", "mask")}
-    mask = torch.zeros(TOKENS, dtype=torch.bool, device=context.device).index_fill_(0, long, True)
+    x = torch.randn(count, width, generator=generator).to(context.device, dtype)
+    long = _kept(count, KEEP, context.device, generator)
+    short, wide = long.int(), long[None, :, None].expand(1, -1, width)
+    mask = torch.zeros(count, dtype=torch.bool, device=context.device).index_fill_(0, long, True)
+    # Rows go back to where they came from: all copies keep their values, and everybody may take the next one.
+    sets = cycle(copies((x, x), cold))
 
     def ours():
-        tokens = ops.gather_tokens(x, short)
-        return tokens, ops.scatter_tokens_(maps["ours"], tokens, short)
+        source, features = next(sets)
+        tokens = ops.gather_tokens(source, short)
+        return tokens, ops.scatter_tokens_(features, tokens, short)
 
     def select_copy():
-        tokens = x.index_select(0, long)
-        return tokens, maps["select"].index_copy_(0, long, tokens)
+        source, features = next(sets)
+        tokens = source.index_select(0, long)
+        return tokens, features.index_copy_(0, long, tokens)
 
     def gather_scatter():
-        tokens = x[None].gather(1, wide)
-        return tokens[0], maps["gather"][None].scatter_(1, wide, tokens)[0]
+        source, features = next(sets)
+        tokens = source[None].gather(1, wide)
+        return tokens[0], features[None].scatter_(1, wide, tokens)[0]
 
     def masked():
-        tokens = x[mask]
-        return tokens, maps["mask"].masked_scatter_(mask[:, None], tokens)
+        source, features = next(sets)
+        tokens = source[mask]
+        return tokens, features.masked_scatter_(mask[:, None], tokens)
 
     peers = {
-        "index_select + index_copy_": Peer(select_copy),
+        SELECT_COPY: Peer(select_copy),
         "torch.gather + scatter_ (as SViT)": Peer(gather_scatter),
         "x[mask] + masked_scatter_": Peer(masked),
     }
-    targets = (Target("index_select + index_copy_", 2.0 if dtype == torch.float32 else 3.0),)
+    promised = context.device.type == "cpu" and cold and count == TOKENS
     reference = x.double().cpu()
     return Prepared(
         ours=ours,
         peers=peers,
         flops=0,
-        bytes=4 * len(long) * WIDTH * x.element_size(),
-        targets=targets if context.device.type == "cpu" else (),
+        bytes=4 * len(long) * width * x.element_size(),
+        targets=(Target(SELECT_COPY, (2.0 if dtype == torch.float32 else 3.0) if promised else None),),
         reference=lambda: (reference[long.cpu()], reference),
+        cold=cold,
     )
+
+
+def _alternating(tensors: tuple[torch.Tensor, ...], branch: torch.Tensor):
+    """Copies with a branch to add: once all had it added, it is taken off again, so that values stay bounded."""
+    sets = copies(tensors)
+    return cycle([*((*one, branch) for one in sets), *((*one, -branch) for one in sets)])
 
 
 def _fused(context: Context, dtype: torch.dtype) -> Prepared:
@@ -76,21 +93,22 @@ def _fused(context: Context, dtype: torch.dtype) -> Prepared:
     short = long.int()
     packed = x[long]
     branch = random(len(long), WIDTH)
-    # The residual is added in place again and again: alternating signs keep the values bounded.
-    maps = {name: x.clone() for name in ("ours", "select", "packed")}
-    maps["packed"] = packed.clone()
-    branches = {name: cycle((branch, -branch)) for name in maps}
+    sets = {name: _alternating((x, x), branch) for name in ("ours", "select")}
+    sets["packed"] = _alternating((packed, packed), branch)
 
     def ours():
-        normed = ops.gather_layer_norm(x, short, weight, bias, 1e-6)
-        return normed, ops.scatter_tokens_(maps["ours"], next(branches["ours"]), short, add=True)
+        source, features, added = next(sets["ours"])
+        normed = ops.gather_layer_norm(source, short, weight, bias, 1e-6)
+        return normed, ops.scatter_tokens_(features, added, short, add=True)
 
     def select_add():
-        normed = F.layer_norm(x.index_select(0, long), (WIDTH,), weight, bias, 1e-6)
-        return normed, maps["select"].index_add_(0, long, next(branches["select"]))
+        source, features, added = next(sets["select"])
+        normed = F.layer_norm(source.index_select(0, long), (WIDTH,), weight, bias, 1e-6)
+        return normed, features.index_add_(0, long, added)
 
     def dense_rows():
-        return F.layer_norm(packed, (WIDTH,), weight, bias, 1e-6), maps["packed"].add_(next(branches["packed"]))
+        source, features, added = next(sets["packed"])
+        return F.layer_norm(source, (WIDTH,), weight, bias, 1e-6), features.add_(added)
 
     before = x.double().cpu()
 
@@ -98,17 +116,17 @@ def _fused(context: Context, dtype: torch.dtype) -> Prepared:
         normed = F.layer_norm(packed.double(), (WIDTH,), weight.double(), bias.double(), 1e-6).cpu()
         return normed, before.index_add(0, long.cpu(), branch.double().cpu())
 
-    # ours runs first in the check and so adds the branch once; a peer's later turn is compared the same way.
     return Prepared(
         ours=ours,
         peers={
-            "index_select, layer_norm, index_add_": Peer(select_add),
+            SELECT_ADD: Peer(select_add),
             "layer_norm + add on packed rows (no selection)": Peer(dense_rows, same=False),
         },
         flops=8 * len(long) * WIDTH,
         bytes=5 * len(long) * WIDTH * x.element_size(),
-        targets=(Target("index_select, layer_norm, index_add_"),),
+        targets=(Target(SELECT_ADD),),
         reference=reference,
+        cold=True,
     )
 
 
@@ -155,7 +173,14 @@ def _compaction(context: Context, batch: int) -> Prepared:
 def cases(context: Context):
     """Cases of the family tokens."""
     for dtype in context.dtypes:
-        yield Case(f"gather_scatter_n{TOKENS}_c{WIDTH}", dtype, lambda d=dtype: _gather_scatter(context, d))
-        yield Case(f"gather_ln_residual_scatter_n{TOKENS}_c{WIDTH}", dtype, lambda d=dtype: _fused(context, d))
+        for shape in ((TOKENS, WIDTH),) if context.quick else SIZES:
+            name = f"gather_scatter_n{shape[0]}_c{shape[1]}"
+            make = partial(_gather_scatter, context, dtype, shape)
+            yield Case(name, dtype, partial(make, True), headline=shape[0] == TOKENS)
+            if shape[0] == TOKENS:
+                yield Case(f"{name}_hot", dtype, partial(make, False))
+        fused = f"gather_ln_residual_scatter_n{TOKENS}_c{WIDTH}"
+        yield Case(fused, dtype, partial(_fused, context, dtype), headline=True)
     for batch in (1, 8):
-        yield Case(f"select_b{batch}_n{TOKENS}", torch.float32, lambda b=batch: _compaction(context, b))
+        if torch.float32 in context.dtypes:  # masks have no dtype of their own
+            yield Case(f"select_b{batch}_n{TOKENS}", torch.float32, partial(_compaction, context, batch))
