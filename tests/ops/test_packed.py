@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packed linear layers: values against plain PyTorch, the rules, and what becomes of changed weights."""
 
+import copy
+
 import pytest
 import tokenprune_ext
 import torch
@@ -192,10 +194,8 @@ def test_packed_layers_still_train():
 
 @needs_library
 @torch.no_grad()
-@pytest.mark.parametrize("change", ["in_place", "load", "dtype", "copy", "replaced"])
+@pytest.mark.parametrize("change", ["in_place", "load", "dtype", "copy", "replaced", "same_address", "data"])
 def test_the_packed_copy_follows_the_weight(change):
-    import copy
-
     model, x = tokenprune_ext.pack(layers()), torch.randn(7, 16)
     model(x)
     if change == "in_place":
@@ -207,6 +207,12 @@ def test_the_packed_copy_follows_the_weight(change):
     elif change == "copy":
         model = copy.deepcopy(model)
         model[0].weight.add_(1)
+    elif change == "same_address":  # the allocator hands the memory of the first weight out again
+        for _ in range(4):
+            model[0].weight.data = model[0].weight.data * 2
+    elif change == "data":
+        model[0].weight.data.mul_(2)
+        tokenprune_ext.pack(model)
     else:
         model[0].weight = nn.Parameter(torch.randn(24, 16))
     expected = F.linear(F.gelu(F.linear(x, model[0].weight, model[0].bias)), model[2].weight, model[2].bias)
@@ -235,6 +241,62 @@ def test_a_packed_reduced_model_equals_the_plain_one(name, method, dtype):
 
 
 @needs_library
+@torch.inference_mode()
+def test_weights_made_in_inference_mode_are_not_packed():  # nothing counts their changes
+    model, x = tokenprune_ext.pack(layers()), torch.randn(7, 16)
+    model(x)
+    model[0].weight.mul_(2)
+    assert torch.equal(model(x), tokenprune_ext.unpack(model)(x))
+
+
+def small_vit(method="tome", **options):
+    import timm
+
+    torch.manual_seed(0)
+    shape = {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 4}
+    model = timm.create_model("vit_tiny_patch16_224", **shape, **options).eval()
+    return tokenprune_ext.patch(model, method, **({"r": 1} if method == "tome" else {}))
+
+
+@needs_library
+@pytest.mark.parametrize("trained", ["norm1", "q_norm", "gamma", "bias", "fc2.bias", "proj.weight"])
+def test_a_packed_model_with_frozen_weights_trains_the_rest(trained):
+    plain = small_vit(qk_norm=True, init_values=0.5)
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_(trained in name and "patch_embed" not in name)
+    packed, x = tokenprune_ext.pack(copy.deepcopy(plain)), torch.randn(2, 3, 32, 32)
+    for model in (plain, packed):
+        model(x).square().sum().backward()
+    for a, b in zip(packed.parameters(), plain.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None)
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+@needs_library
+@torch.no_grad()
+def test_a_packed_model_may_have_norms_of_another_dtype():
+    model, x = small_vit(init_values=0.5).bfloat16(), torch.randn(2, 3, 32, 32).bfloat16()
+    for part in model.modules():
+        if isinstance(part, nn.LayerNorm):
+            part.float()
+    expected = model(x).float()
+    got = tokenprune_ext.pack(model)(x).float()
+    assert (got - expected).norm() < 0.05 * expected.norm()
+
+
+@needs_library
+def test_a_packed_idle_model_drops_attention_weights_while_training():
+    model = tokenprune_ext.patch(tokenprune_ext.unpatch(small_vit(attn_drop_rate=0.5)), "tome", r=0).train()
+    x = torch.randn(2, 3, 32, 32)
+    torch.manual_seed(1)
+    expected = model(x)
+    tokenprune_ext.pack(model)
+    torch.manual_seed(1)
+    torch.testing.assert_close(model(x), expected)
+
+
+@needs_library
 @torch.no_grad()
 def test_a_hook_on_a_packed_layer_still_runs():
     import timm
@@ -250,10 +312,35 @@ def test_a_hook_on_a_packed_layer_still_runs():
 
 @needs_library
 @torch.no_grad()
+@pytest.mark.parametrize("path", ["mlp", "mlp.act", "mlp.drop1", "attn.proj_drop", "ls1"])
+def test_a_hook_on_what_packed_layers_take_over_still_runs(path):
+    model, seen = tokenprune_ext.pack(small_vit(init_values=0.5)), []
+    model.blocks[0].get_submodule(path).register_forward_hook(lambda *a: seen.append(a[2].shape))
+    model(torch.randn(1, 3, 32, 32))
+    assert len(seen) == 1
+
+
+@needs_library
+@torch.no_grad()
 def test_packed_layers_compile():
     model, x = tokenprune_ext.pack(layers()), torch.randn(7, 16)
     expected = model(x)
     torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), expected)
+
+
+@needs_library
+def test_compiled_packed_layers_follow_training():
+    model, x = tokenprune_ext.pack(layers()), torch.randn(7, 16)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(2):
+        with torch.no_grad():
+            expected = F.linear(F.gelu(F.linear(x, model[0].weight, model[0].bias)), model[2].weight, model[2].bias)
+            torch.testing.assert_close(compiled(x), expected)
+        model.train()
+        compiled(x).square().sum().backward()
+        optimizer.step()
+        model.eval()
 
 
 @needs_library

@@ -80,7 +80,12 @@ class AttentionBranch:
     @property
     def fused(self) -> bool:
         """Whether the branch runs the fused attention, and does all that the module would do (no dropped weights)."""
-        return self._attn_drop == 0 and self._pair_bias is None
+        return not self.drops_weights and self._pair_bias is None
+
+    @property
+    def drops_weights(self) -> bool:
+        """Whether attention weights are dropped now (while training), which only the model's own code does."""
+        return self._attn_drop > 0
 
     def qkv(self, z: Tensor, state: TokenState) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised tokens ``[..., C]`` -> queries, keys, values, each ``[..., H, D]`` (rotated, where the model does)."""
@@ -117,7 +122,7 @@ class AttentionBranch:
             )
 
     def _check_dropout(self):
-        if self._attn_drop > 0:
+        if self.drops_weights:
             raise ValueError(
                 f"attn_drop must be 0 while training (fused attention drops no attention weights), got {self._attn_drop}"
             )
@@ -194,13 +199,16 @@ class AttentionBranch:
         plain, gamma = plain_scale(self._layer_scale, self._drop_path)
         norm = plain_norm(self.norm)
         several = isinstance(self._qkv, tuple)
-        inner = (*self._qkv, self._proj) if several else (self._qkv, self._proj)
-        packed = norm is not None and plain and all(fusible(layer, x) for layer in inner)
-        if packed and self._gate is None and idle(self._proj_drop):
-            qkv = tuple(part.fused(x, norm=norm) for part in inner[:-1])
+        parts = self._qkv if several else (self._qkv,)
+        begins = norm is not None and all(fusible(part, x, *norm[:2]) for part in parts)
+        if begins and plain and fusible(self._proj, x, gamma) and self._gate is None and idle(self._proj_drop):
+            qkv = tuple(part.fused(x, norm=norm) for part in parts)
             mixed, product = self.mix(*self._heads(qkv if several else qkv[0], state), state, want)
             mixed = mixed if self._out_norm is None else self._out_norm(mixed)
-            y = self._proj.fused(mixed, residual=x, scale=gamma)
+            if self._proj.ready(mixed, gamma):
+                y = self._proj.fused(mixed, residual=x, scale=gamma)
+            else:  # norms of heads, or biases, that are being trained
+                y = x + self.scale(self._proj(mixed), state)
             return y if want is None else (y, product)
         if want is None:
             return x + self(x, state)
@@ -292,7 +300,7 @@ class BlockRun:
         parts = self.parts
         exact = parts.original is not None and not state.packed and state.key_bias is None
         exact = exact and (parts.start is None or state.index is parts.start)
-        if exact and not parts.attention.is_packed:
+        if exact and (not parts.attention.is_packed or parts.attention.drops_weights):
             return parts.original(x), state
         return self._branches(x, state)
 

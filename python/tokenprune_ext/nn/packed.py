@@ -10,33 +10,46 @@ from ..ops import pack_linear, packed_linear
 class PackedLinear(nn.Linear):
     """A linear layer that runs from a packed copy of its weight where nothing needs a gradient, and as before elsewhere.
 
-    Parameters, ``state_dict`` and hooks are those of ``nn.Linear``. The copy follows changes of the weight.
+    Parameters, ``state_dict`` and hooks are those of ``nn.Linear``. The copy follows every change of the weight that
+    autograd counts: in-place changes, ``load_state_dict``, other tensors. It cannot see what is written through
+    ``weight.data``, nor, in a compiled model, in-place changes outside training mode: call :func:`pack` again after those.
     """
 
-    _copy: tuple | None = None
+    _copy: tuple | None = None  # the weight it was made from, its version then, the packed weight
 
-    def ready(self, x: Tensor) -> bool:
-        """Whether ``x`` can go through the packed weight (otherwise this is a plain linear layer)."""
+    def ready(self, x: Tensor, *others: Tensor | None) -> bool:
+        """Whether ``x`` can go through the packed weight (otherwise this is a plain linear layer).
+
+        Args:
+            x: input.
+            others: what :meth:`fused` will get besides.
+        """
         weight = self.weight
+        given = [weight, *(t for t in (self.bias, *others) if t is not None)]
         return (
             x.device.type == "cpu"
-            and x.dtype == weight.dtype
-            and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+            and all(t.dtype == x.dtype for t in given)
+            and not (torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in given)))
             and not torch.is_autocast_enabled("cpu")
-            and (self._copy is not None or not torch.compiler.is_compiling())
+            and (self._copy is not None if torch.compiler.is_compiling() else not weight.is_inference())
         )
 
     def packed(self) -> Tensor:
         """The packed weight, made again when the weight has changed since."""
         if torch.compiler.is_compiling():
-            return self._copy[1]
+            return self._copy[2]
         weight = self.weight
-        version = None if weight.is_inference() else weight._version
-        key = (weight.data_ptr(), version, weight.dtype)
-        if self._copy is None or self._copy[0] != key:
+        if self._copy is None or _facts(self._copy[0], self._copy[1]) != _facts(weight, weight._version):
             with torch.no_grad():
-                self._copy = (key, pack_linear(weight))
-        return self._copy[1]
+                # The alias keeps the memory, so that no other weight can come to lie at the same address.
+                self._copy = (weight.detach(), weight._version, pack_linear(weight))
+        return self._copy[2]
+
+    def prepare(self) -> None:
+        """Make the copy now, where this layer can use one."""
+        self._copy = None
+        if self.weight.device.type == "cpu" and self.weight.is_floating_point() and not self.weight.is_inference():
+            self.packed()
 
     def fused(self, x: Tensor, **parts) -> Tensor:
         """:func:`tokenprune_ext.ops.packed_linear` with this layer's weight and bias; only where :meth:`ready`."""
@@ -45,6 +58,12 @@ class PackedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features] -> [..., out_features]``."""
         return self.fused(x) if self.ready(x) else super().forward(x)
+
+    def train(self, mode: bool = True) -> "PackedLinear":
+        """Training changes the weight: compiled code, which cannot look, must not find an older copy afterwards."""
+        if mode:
+            self._copy = None
+        return super().train(mode)
 
     def _apply(self, fn, recurse=True):  # another dtype or device
         self._copy = None
@@ -65,7 +84,8 @@ def pack(model: nn.Module) -> nn.Module:
     ``unpack`` restores the plain layers. A patched model also runs norm, activation and residual in the same pass.
 
     Args:
-        model: any model; its ``nn.Linear`` layers (not subclasses) change in place.
+        model: any model; its ``nn.Linear`` layers (not subclasses) change in place. Layers that are packed already are
+            packed again.
 
     Returns:
         ``model``, for chaining.
@@ -73,8 +93,8 @@ def pack(model: nn.Module) -> nn.Module:
     for layer in model.modules():
         if type(layer) is nn.Linear:
             layer.__class__ = PackedLinear
-            if layer.weight.device.type == "cpu" and layer.weight.is_floating_point():
-                layer.packed()
+        if isinstance(layer, PackedLinear):
+            layer.prepare()
     return model
 
 
@@ -87,14 +107,22 @@ def unpack(model: nn.Module) -> nn.Module:
     return model
 
 
+def _facts(weight, version):
+    return weight.data_ptr(), version, weight.dtype, weight.stride()
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether somebody watches or changes the module's forward, so that it has to be called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def plain_norm(norm) -> tuple | None:
     """``(weight, bias, eps)`` of a LayerNorm over the last dimension without hooks, otherwise None."""
     if (
         isinstance(norm, nn.LayerNorm)
         and type(norm).__name__ == "LayerNorm"
         and len(norm.normalized_shape) == 1
-        and not norm._forward_hooks
-        and not norm._forward_pre_hooks
+        and not hooked(norm)
     ):
         return norm.weight, norm.bias, norm.eps
     return None
@@ -107,11 +135,9 @@ def activation_name(act) -> str | None:
     return {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}.get(type(act).__name__)
 
 
-def fusible(layer, x: Tensor) -> bool:
-    """Whether ``layer`` may take over its neighbours' work: packed, ready and without hooks."""
-    return (
-        isinstance(layer, PackedLinear) and not layer._forward_hooks and not layer._forward_pre_hooks and layer.ready(x)
-    )
+def fusible(layer, x: Tensor, *others: Tensor | None) -> bool:
+    """Whether ``layer`` may take over its neighbours' work: packed, without hooks, and ready for ``x`` and ``others``."""
+    return isinstance(layer, PackedLinear) and not hooked(layer) and layer.ready(x, *others)
 
 
 def plain_scale(layer_scale, drop_path) -> tuple[bool, Tensor | None]:
@@ -120,21 +146,26 @@ def plain_scale(layer_scale, drop_path) -> tuple[bool, Tensor | None]:
         return False, None
     if layer_scale is None or isinstance(layer_scale, Tensor):
         return True, layer_scale
-    known = type(layer_scale).__name__ == "LayerScale" and hasattr(layer_scale, "gamma")
+    known = type(layer_scale).__name__ == "LayerScale" and hasattr(layer_scale, "gamma") and not hooked(layer_scale)
     return known, layer_scale.gamma if known else None
 
 
 def idle(module) -> bool:
-    """Whether a module does nothing: absent, an identity, or dropout outside training."""
-    return module is None or isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and not module.training)
+    """Whether a module does nothing: absent, an identity, or dropout outside training; without hooks."""
+    if module is None:
+        return True
+    nothing = isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and not module.training)
+    return nothing and not hooked(module)
 
 
 def fused_mlp(mlp, norm, x: Tensor, layer_scale, drop_path) -> Tensor | None:
     """``x`` plus a two-layer MLP branch in two passes, or None where a part stands in the way."""
     norm, (plain, gamma) = plain_norm(norm), plain_scale(layer_scale, drop_path)
-    if norm is None or not plain or type(mlp).__name__ != "Mlp" or not fusible(mlp.fc1, x) or not fusible(mlp.fc2, x):
+    if norm is None or not plain or type(mlp).__name__ != "Mlp" or hooked(mlp):
         return None
-    act = activation_name(mlp.act)
-    if act is None or not (idle(mlp.drop1) and idle(mlp.drop2) and idle(mlp.norm)):
+    if not fusible(mlp.fc1, x, *norm[:2]) or not fusible(mlp.fc2, x, gamma):
+        return None
+    act = None if hooked(mlp.act) else activation_name(mlp.act)
+    if act is None or not all(idle(getattr(mlp, name, None)) for name in ("drop", "drop1", "drop2", "norm")):
         return None
     return mlp.fc2.fused(mlp.fc1.fused(x, norm=norm, act=act), residual=x, scale=gamma)
