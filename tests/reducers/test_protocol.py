@@ -136,6 +136,31 @@ def test_padded_and_packed_are_equal(name, options):
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
+def test_no_images_at_all(name, options):
+    blocks, x = tiny_blocks(), tokens()
+    reducer = make(name, options)
+    y, one = walk(blocks, x[:1], reducer, given_noise(reducer, x[:1]))
+    none, state = walk(blocks, x[:0], reducer, given_noise(reducer, x[:0]))
+    assert none.shape[0] == 0 and none.shape[-1] == y.shape[-1]
+    if not state.packed:
+        rest = none[:, state.num_prefix :]
+        assert reducer.restore(rest, state).shape[0] == reducer.restore(rest[..., 0], state).shape[0] == 0
+    rows, inner = given_noise(reducer, x[:0]).as_packed(x[:0])
+    none, _ = walk(blocks, rows, reducer, inner)
+    assert none.shape[0] == 0 and none.shape[-1] == y.shape[-1]
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_one_value_per_token_is_restored_as_a_channel_is(name, options):
+    blocks, x = tiny_blocks(), tokens()
+    reducer = make(name, options)
+    y, state = walk(blocks, x, reducer, given_noise(reducer, x))
+    if not state.packed:
+        rest = y[:, state.num_prefix :]
+        torch.testing.assert_close(reducer.restore(rest[..., 0], state), reducer.restore(rest, state)[..., 0])
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
 def test_nothing_is_stored_or_changed(name, options):
     blocks, x = tiny_blocks(), tokens()
     reducer = make(name, options)

@@ -33,4 +33,5 @@ def restore_by_parent(name: str, y: Tensor, state: TokenState) -> Tensor:
         starts = torch.arange(batch, dtype=torch.int32, device=y.device) * y.shape[1]
         y = y.flatten(0, 1)
     rows = torch.where(parent < 0, -1, parent + starts[:, None])
-    return gather_tokens(y.flatten(1), rows.flatten()).view(batch, tokens, *y.shape[1:])
+    flat = y[:, None] if y.dim() == 1 else y.flatten(1)
+    return gather_tokens(flat, rows.flatten()).view(batch, tokens, *y.shape[1:])

@@ -340,7 +340,7 @@ class ACT(Reducer):
         y = branch.scale(branch.out(token_rows(mixed, state, like), z), state)
         heads = like.shape[-2]
         found = {f"act.{name}_groups.{layer}": g.ids for name, g in groups.items() if g is not None}
-        found = {name: ids.view(ids.shape[0] // heads, heads, -1) for name, ids in found.items()}
+        found = {name: ids.unflatten(0, (ids.shape[0] // heads, heads)) for name, ids in found.items()}
         return x + y, state.with_carry(**found)
 
     def plan(self, depth: int, n: int) -> list[tuple[int, int]]:

@@ -355,7 +355,7 @@ def _scores_alone(q, k, v, state, scale):
     scores = ats_scores(attention[None], v[None])[0]
     if state.packed:
         return _padded(scores, state, 0.0)
-    return scores.view(starts.shape[0] - 1, -1)
+    return scores.unflatten(0, (starts.shape[0] - 1, keys["max_seqlen_k"]))
 
 
 def _scores_smoothed(q, k, v, policy, eps, scale):

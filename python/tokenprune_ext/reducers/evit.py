@@ -123,7 +123,7 @@ class EViT(Reducer):
             return x, state
         order = rank_patches(score, prefix)[:, : prefix + left]
         rows = order + torch.arange(0, batch * tokens, tokens, device=x.device)[:, None]
-        chosen = gather_tokens(x, rows.flatten().to(torch.int32)).view(batch, prefix + left, -1)
+        chosen = gather_tokens(x, rows.flatten().to(torch.int32)).unflatten(0, (batch, prefix + left))
         if "parent" in state.carry:
             stage = {f"kept.{layer}": (order[:, prefix:] - prefix).to(torch.int32), f"features.{layer}": x[:, prefix:]}
             state = _follow(state, order, tokens, self.fuse_token).with_carry(**stage)

@@ -90,7 +90,7 @@ class Hourglass(Reducer):
         if "centers" not in state.carry:
             return y
         features, centers = state.carry["features"], state.carry["centers"]
-        flat = y.reshape(*centers.shape[:2], -1)
+        flat = y.reshape(*centers.shape[:2], math.prod(y.shape[2:]))
         k = self.k if self.k < 0 else min(self.k, centers.shape[1])
         full = ops.reconstruct_tokens(
             features, centers, flat, k=k, temperature=self.restore_temperature, norm=self.norm
