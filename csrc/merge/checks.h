@@ -53,7 +53,7 @@ inline SelectMergeParams bipartite_rules(const char* op, MatchParams& m, int64_t
   TP_CHECK(r >= 0 && r <= most, op, "r must be in [0, ", most, "], got ", r);
   SelectMergeParams s;
   s.batch = m.batch, s.tokens = m.tokens, s.na = m.na, s.nb = m.nb, s.r = r;
-  m.protect_a = s.protect_a = num_prefix > 0 ? (num_prefix + 1) / 2 : class_token;
+  m.protect_a = s.protect_a = num_prefix > 0 ? num_prefix - num_prefix / 2 : class_token;
   m.protect_b = num_prefix > 0 ? num_prefix / 2 : distill_token;
   s.interleave = num_prefix > 0 ? num_prefix : (distill_token ? 2 : 0);
   if (s.interleave > m.tokens) s.interleave = m.tokens;
