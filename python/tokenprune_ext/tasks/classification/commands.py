@@ -80,6 +80,7 @@ def _evaluate(
     once; all numbers but the times are those of one process).
     """
     from . import evaluate as module
+    from .report import show
 
     console = console_for(json_file)
     wanted = _wanted(
@@ -104,7 +105,7 @@ def _evaluate(
     )
     result = module.evaluate(options, console)
     if module.is_first_process():
-        module.show(result, console)
+        show(result, console)
         write_json(result, json_file)
 
 
