@@ -46,11 +46,11 @@ void cluster_image(const ClusterKernels& table, Dtype dtype, const ClusterParams
   run(kSetup, 0);
   run(kPool, values / 4);
   for (int64_t i = 0; i < p.iters; ++i) {
-    run(kPrepare, p.clusters * p.channels / 8);
+    run(kPrepare, p.clusters * p.channels / 2);
     run(kScore, values * p.slots / 16, i == p.iters - 1);
     run(kGather, values * p.slots / 16);
   }
-  run(kOutput, p.clusters * p.channels / 8);
+  run(kOutput, p.clusters * p.channels / 2);
 }
 
 std::tuple<Tensor, Tensor, Tensor> cluster_tokens(const Tensor& x, int64_t height, int64_t width, int64_t rows,

@@ -11,6 +11,7 @@ namespace tokenprune {
 inline namespace TOKENPRUNE_ISA {
 
 constexpr int64_t kStripTokens = 66;
+constexpr int64_t kDotUnits = 128;  // summed in one go: long sums lose digits, and this much of a panel stays in L1
 
 template <typename T>
 struct ReconstructSpace {
@@ -96,7 +97,7 @@ void pack_centred(const RowView<T>& from, int64_t begin, int64_t n, int64_t chan
       }
       norm += v * v;
     }
-    norms[i] = reduce_add<C>(norm);
+    norms[i] = sum_lanes<C>(norm);
   }
 }
 
@@ -128,7 +129,14 @@ int64_t strip_dots(const ReconstructParams& p, const ReconstructStep& s, const R
   const int64_t begin = s.item * kStripTokens;
   const int64_t n = p.tokens - begin < kStripTokens ? p.tokens - begin : kStripTokens;
   pack_centred<T>(feature_rows<T>(p, s.image), begin, n, p.channels, space, space.squares);
-  Gemm<U>::panels(space.rows, space.units, space.panels, space.distances, space.stride(), n, space.padded, space.units);
+  for (int64_t j = 0; j < space.padded; j += space.kPanel) {
+    const int64_t width = space.padded - j < space.kPanel ? space.padded - j : space.kPanel;
+    for (int64_t u = 0; u < space.units || u == 0; u += kDotUnits) {
+      const int64_t part = space.units - u < kDotUnits ? space.units - u : kDotUnits;
+      Gemm<U>::rows(space.rows + u, space.units, 1, space.panels + j * space.units + u * width, width,
+                    space.distances + j, space.stride(), n, width, part, u > 0);
+    }
+  }
   return n;
 }
 
@@ -266,7 +274,7 @@ Compute<T> weights_of(const ReconstructParams& p, const ReconstructSpace<T>& spa
     store(space.u + i, u);
     sum += p.l1 ? u : u * u;
   }
-  const C total = reduce_add<C>(sum);
+  const C total = sum_lanes<C>(sum);
   return p.l1 ? total : static_cast<C>(__builtin_sqrt(static_cast<double>(total)));
 }
 

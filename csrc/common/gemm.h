@@ -46,9 +46,7 @@ struct Gemm {
   static void tile(const Unit* a, int64_t a_row, int64_t a_k, const Unit* b, int64_t ldb, Acc* c, int64_t ldc,
                    int64_t k, bool accumulate, const Last& last, int64_t row, int64_t column) {
     Vec<Acc> acc[R][V];
-    TP_UNROLL for (int r = 0; r < R; ++r) {
-      TP_UNROLL for (int v = 0; v < V; ++v) acc[r][v] = accumulate ? load(c + r * ldc + v * kW) : Vec<Acc>{};
-    }
+    TP_UNROLL for (int r = 0; r < R; ++r) { TP_UNROLL for (int v = 0; v < V; ++v) acc[r][v] = Vec<Acc>{}; }
     for (int64_t i = 0; i < k; ++i) {
       Vec<Unit> row[V];
       TP_UNROLL for (int v = 0; v < V; ++v) row[v] = load(b + i * ldb + v * kW);
@@ -58,6 +56,10 @@ struct Gemm {
       }
     }
     TP_UNROLL for (int r = 0; r < R; ++r) {
+      // Added at the end: a sum of partial sums loses fewer digits than one long sum.
+      TP_UNROLL for (int v = 0; v < V; ++v) {
+        if (accumulate) acc[r][v] += load(c + r * ldc + v * kW);
+      }
       last.template row<V, Acc>(row + r, column, acc[r]);
       TP_UNROLL for (int v = 0; v < V; ++v) store(c + r * ldc + v * kW, acc[r][v]);
     }

@@ -33,13 +33,17 @@ def make_map(rng, batch, height, width, channels, rows, cols, shift=0.0, **optio
     return Sample({"x": x}, {"clusters": (rows, cols), **options})
 
 
-def make_rows(rng, batch, tokens, clusters, channels, copies=1):
+def make_rows(rng, batch, tokens, clusters, channels, copies=1, near=False):
+    """Every center `copies` times; `near`: tokens lie close to centers, so distances are small beside the norms."""
     centers = normal(rng, batch, -(-clusters // copies), channels).repeat_interleave(copies, 1)[:, :clusters]
-    return Sample({"features": normal(rng, batch, tokens, channels), "centers": centers})
+    features = normal(rng, batch, tokens, channels)
+    if near:
+        features = 0.2 * features + centers[:, torch.arange(tokens) % clusters]
+    return Sample({"features": features, "centers": centers})
 
 
-def make_values(rng, batch, tokens, clusters, channels, width, copies=1, **options):
-    sample = make_rows(rng, batch, tokens, clusters, channels, copies)
+def make_values(rng, batch, tokens, clusters, channels, width, copies=1, near=False, **options):
+    sample = make_rows(rng, batch, tokens, clusters, channels, copies, near)
     options.setdefault("temperature", 1 / max(channels, 1))
     return Sample({**sample.inputs, "values": normal(rng, batch, clusters, width)}, options)
 
@@ -183,6 +187,7 @@ VALUE_CASES = {
     **{n: {**c, "width": 20, "k": 5} for n, c in ROW_CASES.items()},
     "usual": row_case(64, 25, 16, batch=2, width=10, k=20, temperature=0.02),
     "sparse": row_case(60, 150, 24, width=70, k=20),
+    "long": row_case(70, 30, 1024, width=16, k=5, temperature=0.002, near=True),
     "nearest": row_case(40, 30, 24, width=33, k=1),
     "all": row_case(49, 7, 8, batch=2, width=8, k=-1),
     "too_many": row_case(10, 7, 8, width=8, k=99),
