@@ -48,7 +48,8 @@ int64_t count_bands(const DeformParams& p, int64_t images) {
     rows = std::max(rows, p.level[l].height);
   }
   const int64_t items = std::max<int64_t>(1, images * p.heads * p.levels);
-  const int64_t for_threads = (torch::stable::get_num_threads() + items - 1) / items;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t for_threads = items % threads == 0 ? 1 : (4 * threads + items - 1) / items;
   const int64_t for_memory = (pixels * (p.dim + 16) * 4 + kMostBand - 1) / kMostBand;
   return std::min(rows, std::max(for_threads, for_memory));
 }

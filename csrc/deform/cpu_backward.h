@@ -185,6 +185,7 @@ void backward_queries(const DeformParams& p, const PointStreams& s, QueryRange r
   C *unit = arena.take<C>(2 * padded), *grad = arena.take<C>(round_up(p.dim, kBlock<T>));
   const T* value = static_cast<const T*>(p.value) + range.image * p.value_batch;
   fetch<T>(p, range);
+  fetch_rows(p.grad_out, range, p.heads * p.dim, sizeof(T));
   for_runs(p, range, [&](QueryRange run) {
     stage<T>(p, run, a);
     resolve_points(p, run, a);

@@ -48,18 +48,24 @@ inline void add_corner(const Band<C>& band, int64_t pixel, C weight, const C* gr
   for (int64_t j = 0; j < count; ++j) store(sums + j * w, load(sums + j * w) + weight * load(grad + j * w));
 }
 
-template <typename C, int Vectors>
-inline void add_point(const Band<C>& band, const ScatterArrays<C>& a, int64_t k) {
-  const int64_t y0 = a.y0[k], pixel = a.row[k] - band.first_row * band.width;
+// The corners of a point that lie in the band.
+template <typename C>
+inline Int<C> band_corners(const Band<C>& band, const ScatterArrays<C>& a, int64_t k) {
+  const int64_t y0 = a.y0[k];
   const Int<C> up = y0 >= band.first_row && y0 < band.last_row ? 3 : 0;
   const Int<C> down = y0 + 1 >= band.first_row && y0 + 1 < band.last_row ? 12 : 0;
-  const Int<C> corners = a.corners[k] & (up | down);
+  return a.corners[k] & (up | down);
+}
+
+template <typename C, int Vectors>
+inline void add_point(const Band<C>& band, const ScatterArrays<C>& a, int64_t k, Int<C> corners) {
+  const int64_t pixel = a.row[k] - band.first_row * band.width;
   if (__builtin_expect(corners == 15, 1)) {
     add_corner<C, Vectors>(band, pixel, a.w00[k], a.grad);
     add_corner<C, Vectors>(band, pixel + 1, a.w01[k], a.grad);
     add_corner<C, Vectors>(band, pixel + band.width, a.w10[k], a.grad);
     add_corner<C, Vectors>(band, pixel + band.width + 1, a.w11[k], a.grad);
-  } else if (corners != 0) {
+  } else {
     if (corners & 1) add_corner<C, Vectors>(band, pixel, a.w00[k], a.grad);
     if (corners & 2) add_corner<C, Vectors>(band, pixel + 1, a.w01[k], a.grad);
     if (corners & 4) add_corner<C, Vectors>(band, pixel + band.width, a.w10[k], a.grad);
@@ -72,8 +78,10 @@ void scatter_stream(const DeformParams& p, const PointStreams& s, int64_t image,
                     const Band<Compute<T>>& band, const ScatterArrays<Compute<T>>& a) {
   using C = Compute<T>;
   const int64_t run = kScatterPoints > p.points ? kScatterPoints / p.points : 1;
+  const bool whole = band.first_row == 0 && band.last_row == p.level[l].height;
   const int32_t* order = s.order + (image - s.first_image) * s.order_stride;
   const bool* mask = p.mask == nullptr ? nullptr : p.mask + image * p.tokens + p.level[l].start;
+  const auto grad = [&](int64_t position) { return query_row<T>(p.grad_out, image, order[position]) + head * p.dim; };
   for (int64_t first = 0; first < p.queries; first += run) {
     const int64_t queries = p.queries - first < run ? p.queries - first : run, n = queries * p.points;
     const int64_t at = stream_at(p, s, image, head, l, first);
@@ -82,9 +90,19 @@ void scatter_stream(const DeformParams& p, const PointStreams& s, int64_t image,
     if (mask != nullptr) {
       for (int64_t k = 0; k < n; ++k) a.corners[k] = unmasked_corners(a.corners[k], mask, a.row[k], band.width);
     }
+    for (int64_t i = first + run; whole && i < p.queries && i < first + 2 * run; ++i) {  // for the next run
+      const char* row = reinterpret_cast<const char*>(grad(i));
+      for (int64_t j = 0; j < p.dim * static_cast<int64_t>(sizeof(T)); j += 64) __builtin_prefetch(row + j);
+    }
     for (int64_t i = 0; i < queries; ++i) {
-      load_grad<T>(query_row<T>(p.grad_out, image, order[first + i]) + head * p.dim, p.dim, a.grad);
-      for (int64_t k = i * p.points; k < (i + 1) * p.points; ++k) add_point<C, Vectors>(band, a, k);
+      bool loaded = false;
+      for (int64_t k = i * p.points; k < (i + 1) * p.points; ++k) {
+        const Int<C> corners = band_corners(band, a, k);
+        if (corners == 0) continue;
+        if (!loaded) load_grad<T>(grad(first + i), p.dim, a.grad);
+        loaded = true;
+        add_point<C, Vectors>(band, a, k, corners);
+      }
     }
   }
 }
