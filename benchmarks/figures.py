@@ -66,11 +66,11 @@ def _ops(results: list[dict]):
 
     panels = defaultdict(list)
     for result in results:
-        panels[tuple(sorted(result["peers"])), result["dtype"]].append(result)
+        panels[tuple(sorted(result["peers"])), result["dtype"], result["case"].endswith("_hot")].append(result)
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.6 * columns, 3.7 * rows + 0.3), layout="constrained")
-    for place, ((peers, dtype), group) in enumerate(panels.items()):
+    for place, ((peers, dtype, _), group) in enumerate(panels.items()):
         group.sort(key=_size)
         axes = figure.add_subplot(rows, columns, place + 1)
         sizes = [_size(result) for result in group]
@@ -78,14 +78,20 @@ def _ops(results: list[dict]):
         for peer, colour in zip(peers, _COLOURS * len(peers)):
             axes.plot(sizes, [r["peers"][peer] for r in group], ".-", color=colour, linewidth=1, label=peer)
         axes.plot(sizes, [r["floor_ms"] for r in group], "_:", color="grey", label=FLOOR)
-        for result, size in zip(group, sizes):
-            name = result["case"] if len(result["case"]) < 30 else result["case"][:28] + ".."
+        for result, size, name in zip(group, sizes, _labels([result["case"] for result in group])):
             axes.annotate(name, (size, result["ours_ms"]), (3, -9), textcoords="offset points", fontsize=5.5)
         _log_axes(axes, sizes, list(chain.from_iterable(_times(result) for result in group)))
         last = "" if len(group) == 1 else f" to {group[-1]['case']}"
         axes.set_title(f"{group[0]['case']}{last}\n{dtype}", fontsize=6.5)
         axes.legend(fontsize=5.5, framealpha=0.6)
     return figure
+
+
+def _labels(cases: list[str]) -> list[str]:
+    """The words in which the names differ; nothing for a single case, whose name is the title."""
+    words = [case.split("_") for case in cases]
+    common = set.intersection(*map(set, words))
+    return [" ".join(word for word in split if word not in common) for split in words]
 
 
 def _times(result):
@@ -97,7 +103,7 @@ def _log_axes(axes, sizes, times):
 
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlim(min(sizes) / 1.6, max(sizes) * 2.5)
+    axes.set_xlim(min(sizes) / 1.6, max(sizes) * 3)
     axes.set_ylim(min(t for t in times if t > 0) / 1.5, max(times) * 3)  # room for the legend
     axes.set_xlabel("MB to move", fontsize=7)
     axes.set_ylabel("ms", fontsize=7)

@@ -11,6 +11,7 @@ PARTS = ("linear", "conv", "attention", "reduction", "other")
 
 _LINEAR = {"aten.addmm", "aten.mm", "aten._addmm_activation", "aten.linear", "mkldnn._linear_pointwise"}
 _ATTENTION = {"aten.bmm", "aten.baddbmm", "aten._softmax", "aten._safe_softmax"}
+_OWN_LINEAR = ("packed_linear", "gather_linear")
 _OWN_ATTENTION = ("sparse_attention", "attention_scores", "policy_attention")
 
 
@@ -27,6 +28,8 @@ def part_of(func) -> str:
     name = str(getattr(func, "overloadpacket", func))
     namespace, _, op = name.partition(".")
     if namespace == "tokenprune":
+        if op.startswith(_OWN_LINEAR):
+            return "linear"
         return "attention" if op.startswith(_OWN_ATTENTION) else "reduction"
     if name in _LINEAR:
         return "linear"
