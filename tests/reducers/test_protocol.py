@@ -139,7 +139,7 @@ def test_padded_and_packed_are_equal(name, options):
 def test_no_images_at_all(name, options):
     blocks, x = tiny_blocks(), tokens()
     reducer = make(name, options)
-    y, _one = walk(blocks, x[:1], reducer, given_noise(reducer, x[:1]))
+    y, _ = walk(blocks, x[:1], reducer, given_noise(reducer, x[:1]))
     none, state = walk(blocks, x[:0], reducer, given_noise(reducer, x[:0]))
     assert none.shape[0] == 0 and none.shape[-1] == y.shape[-1]
     if not state.packed:

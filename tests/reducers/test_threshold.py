@@ -217,6 +217,9 @@ def test_selectors():
         ({"selector": "cls", "class_token": False}, "needs a class token"),
         ({"selector": [abs]}, "3, got 1"),
         ({"embed_dim": None}, "embed_dim"),
+        ({"capacity": 0.0}, "capacity must be positive"),
+        ({"tau": float("nan")}, "tau must be positive"),
+        ({"threshold": float("nan")}, "threshold must be a number"),
     ],
 )
 def test_wrong_options(options, message):

@@ -44,7 +44,7 @@ class StagedPruning(Reducer):
             )
         if not all(0 <= layer < depth for layer in layers) or sorted(set(layers)) != list(layers):
             raise ValueError(f"{name}: layers must rise and lie in [0, {depth}), got {layers}")
-        if eps < 0:
+        if not eps >= 0:
             raise ValueError(f"{name}: eps must be >= 0, got {eps}")
         self.layers, self.keep = list(layers), keep_targets(name, keep, len(layers))
         self.selectors, self.mode, self.eps = nn.ModuleList(selectors), mode, eps

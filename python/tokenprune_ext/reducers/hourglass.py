@@ -55,13 +55,17 @@ class Hourglass(Reducer):
     ):
         super().__init__()
         layer = -1 if layer is None else layer
+        for name, value in (("layer", layer), ("iters", iters), ("window", window), ("k", k)):
+            if not isinstance(value, int):
+                raise ValueError(f"Hourglass: {name} must be a whole number, got {value!r}")
         if not -1 <= layer <= depth:
             raise ValueError(f"Hourglass: layer must lie in [-1, {depth}], got {layer}")
         self.depth, self.layer, self.clusters = depth, layer, _grid(clusters)
         if iters < 0:
             raise ValueError(f"Hourglass: iters must be >= 0, got {iters}")
-        if not temperature > 0:
-            raise ValueError(f"Hourglass: temperature must be positive, got {temperature}")
+        for name, value in (("temperature", temperature), ("restore_temperature", restore_temperature)):
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"Hourglass: {name} must be positive and finite, got {value}")
         if window < 1 or window % 2 == 0:
             raise ValueError(f"Hourglass: window must be odd and positive, got {window}")
         if k == 0:
@@ -136,8 +140,8 @@ def _grid(clusters):
             raise ValueError(f"Hourglass: clusters must be a square number or (rows, columns), got {clusters}")
         return side, side
     rows, columns = clusters
-    if rows < 1 or columns < 1:
-        raise ValueError(f"Hourglass: clusters must be positive, got {tuple(clusters)}")
+    if not all(isinstance(side, int) and side >= 1 for side in (rows, columns)):
+        raise ValueError(f"Hourglass: clusters must be positive whole numbers, got {tuple(clusters)}")
     return rows, columns
 
 

@@ -109,7 +109,11 @@ class ScoreSelect(Reducer):
         self.candidate_prefix, self.capacity = tuple(candidate_prefix), capacity
         self.generator, self.ratio_per_sample = generator, ratio_per_sample
         self.num_prefix, self.fast_idle, self.dense, self.tau = num_prefix, fast_idle, dense, tau
-        if tau <= 0:
+        if capacity is not None and not capacity > 0:
+            raise ValueError(f"ScoreSelect: capacity must be positive, got {capacity}")
+        if math.isnan(threshold):
+            raise ValueError("ScoreSelect: threshold must be a number, got nan")
+        if not tau > 0:
             raise ValueError(f"ScoreSelect: tau must be positive, got {tau}")
         self.scorer = selector if isinstance(selector, str) else None
         if self.scorer not in (None, "mlp", "norm", "cls"):
