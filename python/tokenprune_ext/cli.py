@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import _command_download, commands
+from . import commands
 from ._command import JsonOption, console_for, write_json
 from ._errors import UserError
 from ._version import __version__
@@ -91,7 +91,6 @@ evaluations = typer.Typer(help="Accuracy and throughput on data sets.", no_args_
 app.add_typer(evaluations, name="eval")
 register_commands(app, evaluations)
 commands.add_to(app)
-app.command()(_command_download.download)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command ``tokenprune download``."""
+"""``tokenprune download``."""
 
 from typing import Annotated
 
@@ -7,8 +7,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ._command import JsonOption, console_for, write_json
-from ._errors import UserError
+from .._command import JsonOption, console_for, write_json
+from .._errors import UserError
 
 
 def download(
@@ -21,7 +21,7 @@ def download(
 
     Checksums are compared where they were published; an interrupted download goes on where it stopped.
     """
-    from . import downloads
+    from .. import downloads
 
     console = console_for(json_file)
     if listed:
@@ -44,7 +44,7 @@ def download(
 def _one(item, folder, console):
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    from . import downloads
+    from .. import downloads
 
     columns = (TextColumn(item.name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
@@ -71,3 +71,8 @@ def _show(rows: list[dict], console: Console) -> None:
         checksum = "none published" if row["checksum"] is None else row["checksum"].partition(":")[0]
         table.add_row(row["name"], row["what"], row["models"], checksum)
     console.print(table)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Put the command on an application."""
+    app.command()(download)
