@@ -21,12 +21,13 @@ class Estimate:
     """Multiply-adds by the rule of a published table.
 
     Attributes:
-        gflops: the rule's value in units of 1e9 (most rules count small elementwise terms beside multiply-adds).
+        gflops: the rule's value in units of 1e9 (most rules count small elementwise terms beside multiply-adds); None where
+            there is no rule.
         rule: what is counted, in words.
         given: counts that depend on the data and that the value holds for; None: it holds for every input.
     """
 
-    gflops: float
+    gflops: float | None
     rule: str
     given: dict | None = None
 
@@ -72,7 +73,7 @@ class Row:
     @property
     def deviation(self) -> float | None:
         """Ours over published, minus 1."""
-        if not self.published_gflops:
+        if not self.published_gflops or self.estimate.gflops is None:
             return None
         return self.estimate.gflops / self.published_gflops - 1
 

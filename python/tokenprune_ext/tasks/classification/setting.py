@@ -100,6 +100,8 @@ def resolve(
     """
     options = dict(options or {})
     published = {key: value for key, value in (published or {}).items() if value is not None}
+    if resolution is not None and resolution < 1:
+        raise UserError(f"--resolution must be at least 1, got {resolution}")
     if "/" in model:
         row = _row(model)
         model, options = row.model, row.options | options
