@@ -204,7 +204,7 @@ def visualize(model: nn.Module, images: Tensor, path: str | Path, *, layers: Seq
     """Write a picture of what a patched model does to an image.
 
     Args:
-        model: patched timm vision transformer.
+        model: patched.
         images: ``[B, 3, H, W]``, normalised as the model expects; the first one is drawn.
         path: file to write.
         layers: default: four, evenly spread.

@@ -232,9 +232,12 @@ def _peak_memory_mb(function, device) -> float | None:
 
 
 def _tokens(model, images):
-    from ._variants import Variant, layer_tokens
+    """Mean number of tokens in the attention of every layer; None for a model that is not patched."""
+    from ._patch import trace
 
-    return layer_tokens(Variant("", "", {}, model), images)[0]
+    if not any(hasattr(module, "token_reducer") for module in model.modules()):
+        return None
+    return [step.attention_tokens.double().mean().item() for step in trace(model, images)]
 
 
 @torch.no_grad()
@@ -262,7 +265,7 @@ def profile(model: torch.nn.Module, images: torch.Tensor, *, budget_s: float = 1
         samples = measure({"model": run}, device=device, budget_s=budget_s, clock=clock)["model"]
         parts = time_parts(run, device=device, clock=clock)
         memory = _peak_memory_mb(run, device)
-        tokens = [layer.mean for layer in _tokens(model, images)] if hasattr(model, "token_reducer") else None
+        tokens = _tokens(model, images)
     finally:
         model.train(training)
     return {

@@ -71,7 +71,11 @@ def legal(method: str, options: dict, facts: dict) -> bool:
         return False
     if method in ("spvit", "dynamicvit") and facts["pooling"] != "token":
         return False
-    if method == "ats" and options.get("layers") != [] and facts["pooling"] != "token":
+    if (
+        method == "ats"
+        and options.get("layers") != []
+        and facts["pooling"] not in ("token", "avg", "token and avg", "")
+    ):
         return False
     return facts["class_token"] or method not in CLASS_TOKEN
 

@@ -90,6 +90,14 @@ def test_trace_and_features():
     assert y.shape == (2, 12, 48) and state.grid == (4, 4)
 
 
+def test_profile_and_picture(tmp_path):
+    model, x = small(), images()
+    assert tp.profile(model, x, budget_s=0.01)["tokens"] is None
+    tp.patch(model, "tome", r=[2, 3, 0])
+    assert tp.profile(model, x, budget_s=0.01)["tokens"] == [17, 15, 12]
+    assert tp.visualize(model, x, tmp_path / "layers.png").stat().st_size > 0
+
+
 def test_copies_and_pickles_work_on_their_own():
     model, x = small(), images()
     tp.patch(model, "tome", r=3)

@@ -7,6 +7,7 @@ import io
 import pytest
 import tokenprune_ext as tp
 import torch
+from tokenprune_ext import reducers
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
@@ -205,9 +206,13 @@ def test_hidden_states_are_full_maps(family):
 
 
 def test_hidden_states_of_a_method_that_cannot_restore():
+    class Half(reducers.Reducer):
+        def block(self, x, state, layer, run):
+            return run.idle(x[:, :9], state)
+
     model, x = small("vit"), images()
-    tp.patch(model, "ats", layers=[0])
-    with pytest.raises(ValueError, match="must restore reduced tokens, and ATS does not"):
+    tp.patch(model, Half())
+    with pytest.raises(ValueError, match="must restore reduced tokens, and Half does not"):
         model(x, output_hidden_states=True)
 
 
@@ -328,6 +333,13 @@ def test_trace_and_parameters():
     assert "forward" not in vars(model) and not hasattr(model, "token_reducer")
     tp.patch(model, "threshold", layers=[1])
     assert all(key.startswith("token_reducer.") for key in set(model.state_dict()) - keys)
+
+
+def test_profile_and_picture_of_a_nested_tower(tmp_path):
+    model, x = small("dinov2 registers"), images()
+    tp.patch(model, "tome", r=[2, 3, 0])
+    assert tp.profile(model, x, budget_s=0.01)["tokens"] == [20, 18, 15]
+    assert tp.visualize(model, x, tmp_path / "layers.png").stat().st_size > 0
 
 
 def test_copies_and_pickles_work_on_their_own():

@@ -154,6 +154,7 @@ def _front(order, kept):
 
 # Per-token fields of the state, and what a padding row gets.
 _FIELDS = (("index", -1), ("size", 1), ("key_bias", -math.inf))
+_POOLINGS = ("token", "avg", "token and avg", "none", "")
 
 
 @register("ats")
@@ -176,6 +177,7 @@ class ATS(Reducer):
             fixed. Packed tokens are always cut.
         num_prefix: leading tokens that are no patches; they are always kept. The state's number wins while running.
         class_token: whether the first token is a class token, which is needed.
+        pooling: what the model's classifier reads: the class token, a mean, both or nothing; padding would enter others.
         fast_idle: other layers run the model's own block, or what is as good and faster.
     """
 
@@ -202,6 +204,8 @@ class ATS(Reducer):
             raise ValueError(f"ATS: eps must be >= 0, got {eps}")
         if not class_token:
             raise ValueError("ATS: the model must have a class token, whose attention scores the others, got none")
+        if layers and pooling not in _POOLINGS:
+            raise ValueError(f"ATS: pooling must be one of {_POOLINGS} (padding would enter others), got {pooling!r}")
         self.layers, self.per_image, self.residual, self.eps = layers, per_image, residual, eps
         self.drop_tokens, self.num_prefix, self.fast_idle = drop_tokens, num_prefix, fast_idle
         self.own_attention = bool(self.layers)
