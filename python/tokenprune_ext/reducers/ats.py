@@ -192,6 +192,7 @@ class ATS(Reducer):
         drop_tokens: bool = True,
         num_prefix: int = 1,
         class_token: bool = True,
+        pooling: str = "token",
         fast_idle: bool = True,
     ):
         super().__init__()
