@@ -2,7 +2,7 @@
 // The CPU kernels of this family, compiled once per instruction set.
 #include "cpu_cluster.h"
 #include "cpu_kernels.h"
-#include "cpu_reconstruct.h"
+#include "cpu_reconstruct_backward.h"
 #include "cpu_score.h"
 
 namespace tokenprune {
