@@ -7,6 +7,7 @@ parts run at different rates; "other" scales with the number of token visits. We
 real: the counts of methods that choose by content are those of these weights, and ideal and expected follow them.
 """
 
+import contextlib
 import copy
 import functools
 import re
@@ -19,9 +20,11 @@ import torch
 from tokenprune_ext import _flops, _library, _variants
 from tokenprune_ext._images import load_photo, preprocess
 from tokenprune_ext.profiling import LayerTokens, time_parts, total_macs, vit_macs
+from tokenprune_ext.reducers import smyrf
 from torch import Tensor, nn
 
 from benchmarks.core import Case, Context, Peer, Prepared, Target
+from benchmarks.ops.methods import DIM, smyrf_rows
 
 DENSE = "dense (ours)"
 TIMM, COMPILED, FROZEN = "dense timm", "dense timm, torch.compile", "dense timm, torch.compile + freezing"
@@ -227,6 +230,22 @@ def _class_features(model: nn.Module, images: Tensor, carry: dict | None) -> tup
     return features.reshape(-1, features.shape[-1])[0].double().cpu(), draws
 
 
+def _plain_smyrf(q, k, v, q_order, k_order, *, q_size, scale, **rest):
+    """One list of clusters; the reference of the general op would take them one by one, tens of thousands of them."""
+    q = q * (scale * DIM**0.5)  # smyrf_rows scales for heads of its own width
+    return smyrf_rows(q, k, v, q_order, k_order, q_size)
+
+
+@contextlib.contextmanager
+def _plain_ops(large: bool):
+    """Ops by their PyTorch reference."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(_library, "has_kernels", lambda device: False))
+        if large:
+            stack.enter_context(mock.patch.object(smyrf, "smyrf_attention", _plain_smyrf))
+        yield
+
+
 def _in_plain_pytorch(plain: nn.Module, place: Place, row: Row, dtype: torch.dtype, draws: dict | None):
     """The first image on the CPU through the reference ops; see :func:`_class_features`."""
     key = (place.backbone.label, row.key, dtype)
@@ -239,7 +258,7 @@ def _in_plain_pytorch(plain: nn.Module, place: Place, row: Row, dtype: torch.dty
             torch.manual_seed(0)
             image, stat = _images(plain, 1).to(dtype), torch.float64 if dtype == torch.float64 else torch.float32
             draws = None if draws is None else {name: value.to(stat) for name, value in draws.items()}
-            with mock.patch.object(_library, "has_kernels", lambda device: False):
+            with _plain_ops(place.backbone.patient):
                 _references[key] = _class_features(model, image, draws)
     return _references[key]
 

@@ -83,7 +83,7 @@ def smyrf_rows(q, k, v, q_order, k_order, size):
     out = (logits - lse).exp() @ v
     back = q_order.argsort(-1)
     lse = lse.view(q_order.shape).gather(2, back)
-    out = out.view(*q_order.shape, DIM).gather(2, back[..., None].expand(-1, -1, -1, DIM))
+    out = out.view(*q_order.shape, -1).gather(2, back[..., None].expand(-1, -1, -1, out.shape[-1]))
     return (out * lse.softmax(0)[..., None]).sum(0)
 
 
