@@ -78,6 +78,13 @@ def python(wheel, tmp_path_factory):
     return create(folder / "venv", wheel, Path(torch.__file__).parents[1])
 
 
+def test_wheel_holds_the_published_tables(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    tables = ROOT / "python" / "tokenprune_ext" / "tables" / "data"
+    assert {f"tokenprune_ext/tables/data/{file.name}" for file in tables.glob("*.json")} <= set(names)
+
+
 def test_wheel_works_without_compiler(python, tmp_path):
     report = smoke(python, tmp_path)
     assert report["loaded"], report["reason"]

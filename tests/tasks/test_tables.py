@@ -13,9 +13,7 @@ pytest.importorskip("timm")
 from tokenprune_ext import _patch, load_checkpoint, patch, tables
 from tokenprune_ext._flops import count_flops, traced_flops
 from tokenprune_ext.models.swag import swag_vit
-from tokenprune_ext.tables import adapter, segmenter, segvit, swag
-from tokenprune_ext.tables._base import built, meta_model
-from tokenprune_ext.tables._vit import dims_of
+from tokenprune_ext.tables import adapter, dims_of, meta_model, segmenter, segvit, swag, without_memory
 from tokenprune_ext.tasks.classification.counting import count, split, traced
 from tokenprune_ext.tasks.classification.setting import resolve
 
@@ -257,7 +255,7 @@ def test_a_trace_without_running_is_that_of_a_run(name, options):
     with torch.no_grad():
         images = torch.randn(2, 3, 32, 32)
         assert without == count_flops(lambda: real(images))
-        dims, layers = dims_of(real), tuple(tables._vit.planned(real))
+        dims, layers = dims_of(real), tuple(tables.planned(real))
     macs = {part: value / 4 for part, value in without.items()}
     parts, overhead = split(real, dims, macs, tables.Counts(layers, {}))
     assert sum(parts.values()) + overhead == pytest.approx(sum(macs.values())) and overhead >= 0
@@ -308,4 +306,4 @@ def test_a_system_without_rule_is_shown(monkeypatch):
 
 def test_models_without_memory_are_made_once():
     assert meta_model("vit_b16_in1k") is meta_model("vit_b16_in1k")
-    assert next(built(lambda: torch.nn.Linear(2, 3)).parameters()).device.type == "meta"
+    assert next(without_memory(lambda: torch.nn.Linear(2, 3)).parameters()).device.type == "meta"

@@ -15,10 +15,26 @@ from pkgutil import iter_modules
 
 from torch import nn
 
-from ._base import Estimate, Row, names, published_row, read
-from ._vit import Counts, Layer
+from ._base import Estimate, Row, meta_model, names, published_row, read, without_memory
+from ._vit import Counts, Dims, Layer, dims_of, macs_by_part, planned
 
-__all__ = ["Counts", "Estimate", "Layer", "Row", "names", "read", "rows", "rows_like", "rule_of"]
+__all__ = [
+    "Counts",
+    "Dims",
+    "Estimate",
+    "Layer",
+    "Row",
+    "dims_of",
+    "macs_by_part",
+    "meta_model",
+    "names",
+    "planned",
+    "read",
+    "rows",
+    "rows_like",
+    "rule_of",
+    "without_memory",
+]
 
 
 def _sources():

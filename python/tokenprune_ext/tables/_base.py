@@ -148,10 +148,10 @@ def meta_model(name: str, **options) -> nn.Module:
 
 @functools.cache
 def _meta_model(name, options):
-    return built(functools.partial(timm.create_model, name, **json.loads(options)))
+    return without_memory(functools.partial(timm.create_model, name, **json.loads(options)))
 
 
-def built(make: Callable[[], nn.Module]) -> nn.Module:
+def without_memory(make: Callable[[], nn.Module]) -> nn.Module:
     """A model made without memory for its weights, in evaluation mode."""
     with torch.device("meta"):
         return make().eval()

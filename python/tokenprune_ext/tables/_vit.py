@@ -62,12 +62,11 @@ class Dims:
 def dims_of(model: nn.Module) -> Dims | None:
     """Sizes of a model built like timm's ``VisionTransformer``, None for others."""
     blocks, stem = getattr(model, "blocks", None), getattr(model, "patch_embed", None)
-    plain = isinstance(blocks, (nn.Sequential, nn.ModuleList)) and hasattr(stem, "num_patches")
-    if not plain or not all(hasattr(block, "attn") and hasattr(block, "mlp") for block in blocks):
+    plain = isinstance(blocks, (nn.Sequential, nn.ModuleList)) and len(blocks) > 0
+    stemmed = getattr(stem, "img_size", None) is not None and hasattr(stem, "num_patches")
+    if not plain or not stemmed or not hasattr(model, "embed_dim") or _uneven(blocks):
         return None
     block = blocks[0]
-    if not hasattr(block.attn, "num_heads") or _uneven(blocks):
-        return None
     head, aux = getattr(model, "head", None), getattr(model, "aux_head", None)
     return Dims(
         width=model.embed_dim,
@@ -75,7 +74,7 @@ def dims_of(model: nn.Module) -> Dims | None:
         heads=block.attn.num_heads,
         depth=len(blocks),
         patches=stem.num_patches,
-        prefix=model.num_prefix_tokens,
+        prefix=getattr(model, "num_prefix_tokens", 0),
         classes=head.out_features if isinstance(head, nn.Linear) else 0,
         aux_classes=aux.out_features if isinstance(aux, nn.Linear) else 0,
         stem=_conv_macs(stem),
@@ -90,6 +89,9 @@ def linear_weights(module: nn.Module) -> int:
 
 
 def _uneven(blocks):
+    """Whether blocks differ in size, or are no transformer blocks."""
+    if not all(hasattr(getattr(block, "attn", None), "num_heads") and hasattr(block, "mlp") for block in blocks):
+        return True
     return len({(linear_weights(block.attn), linear_weights(block.mlp)) for block in blocks}) > 1
 
 
@@ -97,9 +99,10 @@ def _conv_macs(stem):
     """Convolutions one after another, from the image on."""
     side, macs = tuple(stem.img_size), 0
     for conv in (m for m in stem.modules() if isinstance(m, nn.Conv2d)):
+        pads = conv.padding if isinstance(conv.padding, tuple) else (0, 0)
         side = tuple(
             (length + 2 * pad - kernel) // step + 1
-            for length, pad, kernel, step in zip(side, conv.padding, conv.kernel_size, conv.stride)
+            for length, pad, kernel, step in zip(side, pads, conv.kernel_size, conv.stride)
         )
         macs += conv.weight.numel() * math.prod(side)
     return macs

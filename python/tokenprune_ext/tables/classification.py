@@ -12,7 +12,7 @@ from torch import nn
 
 from .. import reducers
 from ..models.lvvit import SIZES, LVViT
-from ._base import GIGA, Estimate, Row, built, meta_model, read
+from ._base import GIGA, Estimate, Row, meta_model, read, without_memory
 from ._vit import Counts, Dims, Layer, dims_of, is_swag, linear_weights, matmul_macs, planned, uniform
 
 FILES = ("classification_flops",)
@@ -106,7 +106,7 @@ def _row(name, row):
     system, backbone = row["system"], row["model"]
     model, options = _MODELS.get((system, backbone)), _options(row)
     build = None if model else partial(_lvvit, backbone[-1].lower())
-    network = meta_model(model, **options) if model else built(build)
+    network = meta_model(model, **options) if model else without_memory(build)
     counts, given = _counts(row, network)
     estimate = rule(network, counts)
     others = {}

@@ -13,9 +13,7 @@ from rich.table import Table
 
 from .. import tables
 from .._errors import UserError
-from ..tables import Counts, Row
-from ..tables._base import built, meta_model
-from ..tables._vit import dims_of, planned
+from ..tables import Counts, Row, dims_of, meta_model, planned, without_memory
 
 __all__ = ["collect", "show"]
 
@@ -55,7 +53,7 @@ def collect(
 def _model(row):
     if row.model is not None:
         return meta_model(row.model, **row.options)
-    return None if row.build is None else built(row.build)
+    return None if row.build is None else without_memory(row.build)
 
 
 def _traced(row, seen):

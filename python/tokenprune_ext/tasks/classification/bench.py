@@ -13,8 +13,7 @@ from ... import _library, tables
 from ..._errors import UserError
 from ..._machine import describe
 from ...profiling import measure, threads
-from ...tables._base import built, meta_model
-from ...tables._vit import dims_of
+from ...tables import dims_of, meta_model, without_memory
 from .counting import count, image_size
 from .flops import method_of
 from .setting import Setting, turned
@@ -129,7 +128,7 @@ def _published(model) -> list[tables.Row]:
 
 
 def _model_of(row):
-    return meta_model(row.model, **row.options) if row.model is not None else built(row.build)
+    return meta_model(row.model, **row.options) if row.model is not None else without_memory(row.build)
 
 
 def _signature(model):

@@ -9,8 +9,7 @@ from torch import nn
 
 from ... import _patch, reducers, tables
 from ..._flops import count_flops, traced_flops
-from ...tables import Counts, Layer
-from ...tables._vit import Dims, dims_of, macs_by_part, planned
+from ...tables import Counts, Dims, Layer, dims_of, macs_by_part, planned
 from .setting import Setting, turned
 
 __all__ = ["Count", "count", "image_size", "split", "traced"]
@@ -20,8 +19,9 @@ PARTS = ("linear", "conv", "attention")
 _SEED = 0
 # Their attention is not that of all tokens of a layer with one another: it is taken from the trace.
 _OWN_ATTENTION = ("act", "ats", "smyrf")
-# More than this share beside blocks, embedding and classifier: not a plain ViT after all (windows, convolutions).
-_UNEXPLAINED = 0.02
+# More than this share beside blocks, embedding and classifier: not a plain ViT after all (windows, convolutions), or one
+# whose classifier no table knows.
+_UNEXPLAINED, _UNRULED = 0.02, 0.001
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,13 @@ def count(setting: Setting, *, image: str | None = None) -> Count:
         else:
             macs, counts = _measured(setting.build(), image)
     parts, overhead = split(model, dims, macs, counts, excess)
-    estimate = None if counts is None or dims is None else tables.rule_of(model, counts)
+    ruled = counts is not None and dims is not None and abs(excess) <= _UNRULED * sum(macs.values())
     return Count(
         parts={part: value / GIGA for part, value in parts.items()},
         overhead=overhead / GIGA,
         tokens=None if counts is None else [layer.attention for layer in counts.layers],
         tokens_mlp=None if counts is None else [layer.mlp for layer in counts.layers],
-        rule=estimate,
+        rule=tables.rule_of(model, counts) if ruled else None,
         data_dependent=_data_dependent(model),
         parameters=sum(p.numel() for p in model.parameters()),
     )
