@@ -221,6 +221,7 @@ def _expected(shares: dict[str, float], dense: dict[str, float], reduced: dict[s
 
 _references: dict = {}  # backbone, row and dtype -> features of the class token, and the draws they belong to
 _FLOOR = {torch.float32: 2e-3, torch.bfloat16: 3e-2}  # relative error that is always granted, as a norm
+_FLIPS = 5e-3  # what a few choices of plain PyTorch in float32 amount to
 
 
 def _class_features(model: nn.Module, images: Tensor, carry: dict | None) -> tuple[Tensor, dict]:
@@ -275,6 +276,8 @@ def _verify(plain: nn.Module, reduced: nn.Module, place: Place, row: Row):
     """
     want, draws = _in_plain_pytorch(plain, place, row, torch.float32 if place.backbone.patient else torch.float64, None)
     other = _error(_in_plain_pytorch(plain, place, row, place.dtype, draws)[0], want)
+    if place.backbone.patient:  # a float32 reference has made flips of its own, which nothing tells
+        other = max(other, _FLIPS)
     allowed = 2 * other + _FLOOR[place.dtype]
     device = next(plain.parameters()).device
 
