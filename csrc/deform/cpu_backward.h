@@ -69,18 +69,17 @@ inline void head_dots(const DeformParams& p, const T* base, const PointArrays<Co
     const T* level = base + p.level[l].start * right;
     const int64_t down = p.level[l].width * right;
     for (int64_t i = 0; i < p.points; ++i, ++k) {
-      const T* at = level + static_cast<int64_t>(a.row[k]) * right;
-      const Int<C> corners = a.corners[k];
+      const int64_t at = static_cast<int64_t>(a.row[k]) * right;  // outside for a corner that is
+      const Int<C> corners = p.dim == 0 ? 0 : a.corners[k];
+      const auto dot = [&](int64_t offset) { return corner_dot<T, Blocks>(level + offset, grad, p.dim); };
       Vec<C> d[4] = {};
       if (__builtin_expect(corners == 15, 1)) {
-        d[0] = corner_dot<T, Blocks>(at, grad, p.dim), d[1] = corner_dot<T, Blocks>(at + right, grad, p.dim);
-        d[2] = corner_dot<T, Blocks>(at + down, grad, p.dim);
-        d[3] = corner_dot<T, Blocks>(at + down + right, grad, p.dim);
+        d[0] = dot(at), d[1] = dot(at + right), d[2] = dot(at + down), d[3] = dot(at + down + right);
       } else {
-        if (corners & 1) d[0] = corner_dot<T, Blocks>(at, grad, p.dim);
-        if (corners & 2) d[1] = corner_dot<T, Blocks>(at + right, grad, p.dim);
-        if (corners & 4) d[2] = corner_dot<T, Blocks>(at + down, grad, p.dim);
-        if (corners & 8) d[3] = corner_dot<T, Blocks>(at + down + right, grad, p.dim);
+        if (corners & 1) d[0] = dot(at);
+        if (corners & 2) d[1] = dot(at + right);
+        if (corners & 4) d[2] = dot(at + down);
+        if (corners & 8) d[3] = dot(at + down + right);
       }
       store_sums<C>(d[0], d[1], d[2], d[3], dots + 4 * k);
     }

@@ -29,22 +29,23 @@ inline void sample_channels(const DeformParams& p, const HeadValues<T>& v, const
       sum[set][j].b += weight * x.b;
     }
   };
+  const int64_t right = v.stride;
   for (int64_t l = 0; l < p.levels; ++l) {
-    const T* level = v.base + p.level[l].start * v.stride;
-    const int64_t down = p.level[l].width * v.stride;
+    const T* level = v.base + p.level[l].start * right;
+    const int64_t down = p.level[l].width * right;
     for (int64_t i = 0; i < p.points; ++i, ++k) {
-      const T* at = level + static_cast<int64_t>(a.row[k]) * v.stride;
+      const int64_t at = static_cast<int64_t>(a.row[k]) * right;  // outside for a corner that is
       const Int<C> corners = a.corners[k];
       if (__builtin_expect(corners == 15, 1)) {
-        add(0, at, a.w00[k]);
-        add(1, at + v.stride, a.w01[k]);
-        add(2 % kSets, at + down, a.w10[k]);
-        add(3 % kSets, at + down + v.stride, a.w11[k]);
+        add(0, level + at, a.w00[k]);
+        add(1, level + (at + right), a.w01[k]);
+        add(2 % kSets, level + (at + down), a.w10[k]);
+        add(3 % kSets, level + (at + down + right), a.w11[k]);
       } else if (corners != 0) {
-        if (corners & 1) add(0, at, a.w00[k]);
-        if (corners & 2) add(1, at + v.stride, a.w01[k]);
-        if (corners & 4) add(2 % kSets, at + down, a.w10[k]);
-        if (corners & 8) add(3 % kSets, at + down + v.stride, a.w11[k]);
+        if (corners & 1) add(0, level + at, a.w00[k]);
+        if (corners & 2) add(1, level + (at + right), a.w01[k]);
+        if (corners & 4) add(2 % kSets, level + (at + down), a.w10[k]);
+        if (corners & 8) add(3 % kSets, level + (at + down + right), a.w11[k]);
       }
     }
   }
