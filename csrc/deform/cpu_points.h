@@ -77,6 +77,8 @@ PointArrays<C> take_points(const DeformParams& p, Arena& arena) {
   for_levels(p, run, [&](int64_t k, int64_t l) {
     fill_pairs(a.size + 2 * k, p.points, level_width<C>(p, l), level_height<C>(p, l));
   });
+  const int64_t used = run * query_points(p);
+  fill_pairs(a.size + 2 * used, n - used, C(0), C(0));  // the lanes behind the last point read nothing
   return a;
 }
 
