@@ -28,7 +28,7 @@ inline void check_deform_sizes(const DeformCall& call) {
            " points per level on CUDA, got ", p.points);
   TP_CHECK(p.heads <= INT32_MAX && p.batch <= INT32_MAX / (p.heads > 0 ? p.heads : 1), call.op,
            "batch * heads must be below 2^31 on CUDA, got ", p.batch, " * ", p.heads);
-  TP_CHECK(value_places_fit<T>(p), call.op, "an image of value is too large for CUDA, got ", p.tokens,
+  TP_CHECK(value_places_fit<T>(p), call.op, "value must be at most 64 GiB per image on CUDA, got ", p.tokens,
            " rows at a stride of ", p.value_token);
 }
 

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from tokenprune_ext.integrations._transformers_deform import (
+from tokenprune_ext.integrations.transformers import (
     MultiScaleDeformableAttention,
     patch_deformable_attention,
     unpatch_deformable_attention,

@@ -3,7 +3,8 @@
 
 A tower is found by itself or within a larger model (a classifier, CLIPModel, a vision-language model). The model's own parts
 are walked; nothing is copied and no weight moves. What this file does not know exactly, it refuses by name. The layout of
-each family is in ``_transformers.py``.
+each family is in ``_transformers.py``. Deformable detectors get their attention from here as well
+(:func:`patch_deformable_attention`).
 """
 
 import sys
@@ -15,6 +16,11 @@ from torch import Tensor, nn
 from ..nn import TokenState
 from . import _walk
 from ._transformers import FAMILIES, LAYERS, Tower, layer_parts
+from ._transformers_deform import (  # noqa: F401  (deformable detectors of the same library)
+    MultiScaleDeformableAttention,
+    patch_deformable_attention,
+    unpatch_deformable_attention,
+)
 
 # What a head reads that is no pooler_output; the others read what the tower's pooling says.
 _READERS = {
