@@ -11,7 +11,7 @@ import re
 import tokenprune_ext
 import torch
 from tokenprune_ext import tables
-from tokenprune_ext.tables._base import built
+from tokenprune_ext.tables._base import without_memory
 
 from benchmarks.core import Context
 from benchmarks.models._common import Backbone, Row, case_of, settings
@@ -27,7 +27,9 @@ _SLOWER = ("act", "smyrf")  # published as slower than dense: less is promised
 
 def _apply(name, options, model):
     """Put the reducer of a published model into another one of the same size."""
-    return tokenprune_ext.patch(model, built(lambda: tokenprune_ext.create_model(name, **options)).token_reducer)
+    return tokenprune_ext.patch(
+        model, without_memory(lambda: tokenprune_ext.create_model(name, **options)).token_reducer
+    )
 
 
 def _row(row: tables.Row, headlines) -> Row:
