@@ -261,6 +261,7 @@ def _without(function: Callable[[Inputs], Tensor], x: Inputs) -> Callable[[], Te
     return run
 
 
+@torch.inference_mode(False)  # tensors of inference mode cannot be saved for a backward
 def _prepare(context: Context, shape: Shape, dtype: torch.dtype, backward: bool) -> Prepared:
     x = _inputs(shape, dtype, context.device)
     grad = torch.randn(shape.batch, shape.queries, shape.heads * shape.dim).to(context.device, dtype)
