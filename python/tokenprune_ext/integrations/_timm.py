@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What timm's vision transformers have in common: methods to replace, and checks."""
 
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -10,12 +12,67 @@ from torch import Tensor, nn
 
 from ..nn import PackedLinear
 from ..ops import packed_linear
-from ._walk import NORMS, full_map, must_be, must_keep, no_more_parts, pools
+from ._walk import NORMS, full_map, must_be, must_keep, must_run, no_more_parts, pools
 
 MLPS = ("GeGluMlp", "GluMlp", "Mlp", "SwiGLU", "SwiGLUPacked")
 SCALES = ("BranchScale", "Identity", "LayerScale")
 DROPS = ("DropPath", "Identity")
 _PARTS = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One of timm's model files: the classes that an adapter knows, by name (timm may not be imported yet).
+
+    Attributes:
+        module: of ``timm.models``.
+        model: the class of its models.
+        blocks, attentions: classes whose code is known.
+    """
+
+    module: str
+    model: str
+    blocks: tuple[str, ...]
+    attentions: tuple[str, ...]
+
+    def find(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """Models of the family in ``model`` (itself included), by name."""
+        library = sys.modules.get(f"timm.models.{self.module}")
+        if library is None:  # a timm model cannot exist before timm was imported
+            return []
+        cls = getattr(library, self.model)
+        return [(name, part) for name, part in model.named_modules() if isinstance(part, cls)]
+
+    def check(self, model: nn.Module, owner: nn.Module | None = None) -> None:
+        """Refuse what would not be reproduced exactly.
+
+        Raises:
+            ValueError: names the component.
+        """
+        library = sys.modules[f"timm.models.{self.module}"]
+        check_model(model, getattr(library, self.model))
+        blocks, attentions = (tuple(getattr(library, n) for n in names) for names in (self.blocks, self.attentions))
+        for number, block in enumerate(model.blocks):
+            name = f"blocks.{number}"
+            must_run(name, block, blocks, "timm")
+            must_run(f"{name}.attn", block.attn, attentions, "timm")
+            check_parts(name, block)
+
+
+def facts(model: nn.Module, **different) -> dict:
+    """What reducers may want to know about the model; ``different`` wins."""
+    attn = model.blocks[0].attn
+    return {
+        "depth": len(model.blocks),
+        "embed_dim": model.embed_dim,
+        "head_dim": attn.proj.in_features // attn.num_heads,
+        "num_heads": attn.num_heads,
+        "num_prefix": model.num_prefix_tokens,
+        "class_token": getattr(model, "cls_token", None) is not None,
+        "distill_token": getattr(model, "dist_token", None) is not None,
+        "pooling": model.global_pool,
+        **different,
+    }
 
 
 def check_model(model: nn.Module, cls: type) -> None:

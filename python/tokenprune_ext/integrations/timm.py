@@ -5,49 +5,19 @@ The model's own parts are walked; nothing is copied and no weight moves. What th
 refuses by name. EVA, DINOv3 and BEiT are in ``timm_eva.py`` and ``timm_beit.py``.
 """
 
-import sys
-
 from torch import Tensor, nn
 
 from ..nn import AttentionBranch, BlockParts, MlpBranch, TokenState
 from . import _timm, _walk
 
-
-def find(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """VisionTransformers of timm in ``model`` (itself included), by name."""
-    library = sys.modules.get("timm.models.vision_transformer")
-    if library is None:  # a timm model cannot exist before timm was imported
-        return []
-    return [(name, part) for name, part in model.named_modules() if isinstance(part, library.VisionTransformer)]
+_FAMILY = _timm.Family("vision_transformer", "VisionTransformer", ("Block", "ResPostBlock"), ("Attention",))
+find = _FAMILY.find
+check = _FAMILY.check
 
 
 def facts(model: nn.Module, owner: nn.Module | None = None) -> dict:
     """What reducers may want to know about the model."""
-    return {
-        "depth": len(model.blocks),
-        "embed_dim": model.embed_dim,
-        "head_dim": model.blocks[0].attn.head_dim,
-        "num_heads": model.blocks[0].attn.num_heads,
-        "num_prefix": model.num_prefix_tokens,
-        "class_token": model.cls_token is not None,
-        "distill_token": getattr(model, "dist_token", None) is not None,
-        "pooling": model.global_pool,
-    }
-
-
-def check(model: nn.Module, owner: nn.Module | None = None) -> None:
-    """Refuse what would not be reproduced exactly.
-
-    Raises:
-        ValueError: names the component.
-    """
-    library = sys.modules["timm.models.vision_transformer"]
-    _timm.check_model(model, library.VisionTransformer)
-    for number, block in enumerate(model.blocks):
-        name = f"blocks.{number}"
-        _walk.must_run(name, block, (library.Block, library.ResPostBlock), "timm")
-        _walk.must_run(f"{name}.attn", block.attn, (library.Attention,), "timm")
-        _timm.check_parts(name, block)
+    return _timm.facts(model)
 
 
 def forward(

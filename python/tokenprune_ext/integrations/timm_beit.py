@@ -5,7 +5,6 @@ The relative position bias of every pair of tokens follows them: it is gathered 
 attention runs in torch. Methods that compute their own attention are refused.
 """
 
-import sys
 from functools import partial
 
 import torch
@@ -14,44 +13,15 @@ from torch import Tensor, nn
 from ..nn import AttentionBranch, BlockParts, MlpBranch, PairBias, TokenState
 from . import _timm, _walk
 
-
-def find(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Beit models of timm in ``model`` (itself included), by name."""
-    library = sys.modules.get("timm.models.beit")
-    if library is None:
-        return []
-    return [(name, part) for name, part in model.named_modules() if isinstance(part, library.Beit)]
+_FAMILY = _timm.Family("beit", "Beit", ("Block",), ("Attention",))
+find = _FAMILY.find
+check = _FAMILY.check
 
 
 def facts(model: nn.Module, owner: nn.Module | None = None) -> dict:
     """What reducers may want to know about the model."""
-    attn = model.blocks[0].attn
-    return {
-        "depth": len(model.blocks),
-        "embed_dim": model.embed_dim,
-        "head_dim": _head_dim(attn),
-        "num_heads": attn.num_heads,
-        "num_prefix": model.num_prefix_tokens,
-        "class_token": True,
-        "distill_token": False,
-        "pooling": model.global_pool,
-        "pair_bias": model.rel_pos_bias is not None or attn.relative_position_bias_table is not None,
-    }
-
-
-def check(model: nn.Module, owner: nn.Module | None = None) -> None:
-    """Refuse what would not be reproduced exactly.
-
-    Raises:
-        ValueError: names the component.
-    """
-    library = sys.modules["timm.models.beit"]
-    _timm.check_model(model, library.Beit)
-    for number, block in enumerate(model.blocks):
-        name = f"blocks.{number}"
-        _walk.must_run(name, block, (library.Block,), "timm")
-        _walk.must_run(f"{name}.attn", block.attn, (library.Attention,), "timm")
-        _timm.check_parts(name, block)
+    own = model.blocks[0].attn.relative_position_bias_table
+    return _timm.facts(model, pair_bias=model.rel_pos_bias is not None or own is not None)
 
 
 def forward(
@@ -107,7 +77,7 @@ def parts(block: nn.Module, first: TokenState | None = None, shared: Tensor | No
         _timm.projection(attn),
         inner["proj"],
         num_heads=attn.num_heads,
-        head_dim=_head_dim(attn),
+        head_dim=attn.proj.in_features // attn.num_heads,
         scale=attn.scale,
         pair_bias=pair_bias,
         proj_drop=inner["proj_drop"],
@@ -125,7 +95,3 @@ def _full_bias(attn, shared):
         return shared
     own = attn._get_rel_pos_bias()
     return own if shared is None else own + shared
-
-
-def _head_dim(attn):
-    return attn.proj.in_features // attn.num_heads

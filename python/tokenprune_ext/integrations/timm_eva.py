@@ -4,7 +4,6 @@
 The rotary embedding follows the tokens: each is rotated by the place of the patch in ``state.index``.
 """
 
-import sys
 from functools import partial
 
 from torch import Tensor, nn
@@ -12,43 +11,14 @@ from torch import Tensor, nn
 from ..nn import AttentionBranch, BlockParts, MlpBranch, Rotary, TokenState
 from . import _timm, _walk
 
-
-def find(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Eva models of timm in ``model`` (itself included), by name."""
-    library = sys.modules.get("timm.models.eva")
-    if library is None:
-        return []
-    return [(name, part) for name, part in model.named_modules() if isinstance(part, library.Eva)]
+_FAMILY = _timm.Family("eva", "Eva", ("EvaBlock", "EvaBlockPostNorm"), ("EvaAttention", "AttentionRope"))
+find = _FAMILY.find
+check = _FAMILY.check
 
 
 def facts(model: nn.Module, owner: nn.Module | None = None) -> dict:
     """What reducers may want to know about the model."""
-    attn = model.blocks[0].attn
-    return {
-        "depth": len(model.blocks),
-        "embed_dim": model.embed_dim,
-        "head_dim": attn.head_dim,
-        "num_heads": attn.num_heads,
-        "num_prefix": model.num_prefix_tokens,
-        "class_token": model.cls_token is not None,
-        "distill_token": False,
-        "pooling": model.global_pool,
-    }
-
-
-def check(model: nn.Module, owner: nn.Module | None = None) -> None:
-    """Refuse what would not be reproduced exactly.
-
-    Raises:
-        ValueError: names the component.
-    """
-    library = sys.modules["timm.models.eva"]
-    _timm.check_model(model, library.Eva)
-    for number, block in enumerate(model.blocks):
-        name = f"blocks.{number}"
-        _walk.must_run(name, block, (library.EvaBlock, library.EvaBlockPostNorm), "timm")
-        _walk.must_run(f"{name}.attn", block.attn, (library.EvaAttention, library.AttentionRope), "timm")
-        _timm.check_parts(name, block)
+    return _timm.facts(model)
 
 
 def forward(

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Token reduction in timm's ``VisionTransformerRelPos`` family; relative positions as in ``timm_beit.py``."""
 
-import sys
 from functools import partial
 
 import torch
@@ -10,29 +9,15 @@ from torch import Tensor, nn
 from ..nn import AttentionBranch, BlockParts, MlpBranch, PairBias, TokenState
 from . import _timm, _walk
 
-
-def find(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Models of the family in ``model`` (itself included), by name."""
-    library = sys.modules.get("timm.models.vision_transformer_relpos")
-    if library is None:
-        return []
-    return [(name, part) for name, part in model.named_modules() if isinstance(part, library.VisionTransformerRelPos)]
+_FAMILY = _timm.Family(
+    "vision_transformer_relpos", "VisionTransformerRelPos", ("RelPosBlock", "ResPostRelPosBlock"), ("RelPosAttention",)
+)
+find = _FAMILY.find
 
 
 def facts(model: nn.Module, owner: nn.Module | None = None) -> dict:
     """What reducers may want to know about the model."""
-    attn = model.blocks[0].attn
-    return {
-        "depth": len(model.blocks),
-        "embed_dim": model.embed_dim,
-        "head_dim": attn.head_dim,
-        "num_heads": attn.num_heads,
-        "num_prefix": model.num_prefix_tokens,
-        "class_token": model.cls_token is not None,
-        "distill_token": False,
-        "pooling": model.global_pool,
-        "pair_bias": True,
-    }
+    return _timm.facts(model, pair_bias=True)
 
 
 def check(model: nn.Module, owner: nn.Module | None = None) -> None:
@@ -41,15 +26,12 @@ def check(model: nn.Module, owner: nn.Module | None = None) -> None:
     Raises:
         ValueError: names the component.
     """
-    library = sys.modules["timm.models.vision_transformer_relpos"]
-    _timm.check_model(model, library.VisionTransformerRelPos)
+    _FAMILY.check(model)
     for number, block in enumerate(model.blocks):
-        name = f"blocks.{number}"
-        _walk.must_run(name, block, (library.RelPosBlock, library.ResPostRelPosBlock), "timm")
-        _walk.must_run(f"{name}.attn", block.attn, (library.RelPosAttention,), "timm")
-        _timm.check_parts(name, block)
         if block.attn.rel_pos is None and model.shared_rel_pos is None:
-            raise ValueError(f"patch: {name}.attn must have relative positions, or the model shared ones, got none")
+            raise ValueError(
+                f"patch: blocks.{number}.attn must have relative positions, or the model shared ones, got none"
+            )
 
 
 def forward(
