@@ -75,9 +75,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--from",
-        dest="source",
+        dest="sources",
         metavar="FILE",
-        help="do not measure: show the results of an earlier --json FILE",
+        nargs="+",
+        help="do not measure: show the results of earlier --json files; of a case measured twice, those of the last file",
     )
     parser.add_argument(
         "--figures",
@@ -133,6 +134,7 @@ def run(options: argparse.Namespace, console: Console) -> dict:
             )
             limits = ceilings(device, context.dtypes, budget_s=min(context.budget_s, 1.0))
             by_threads[str(count)] = limits | {"clock": choose_clock(device, options.clock)}
+            out["ceilings"] = by_threads[str(counts[0])] | {"by_threads": by_threads}
             console.print(report.ceiling_line(count, limits))
             for suite, family, module in families:
                 for case in module.cases(context):
@@ -143,8 +145,43 @@ def run(options: argparse.Namespace, console: Console) -> dict:
                     out["notes"] += notes
                     for line in [*map(report.progress_line, results), *notes]:
                         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    out["ceilings"] = by_threads[str(counts[0])] | {"by_threads": by_threads}
+                    _save(out, options.json)  # a run takes long: what is measured stays
     return out
+
+
+def _save(out: dict, file: str | None) -> None:
+    if file in (None, "-"):
+        return
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    Path(file).write_text(json.dumps(out, indent=1) + "\n")
+
+
+def load(files: list[str]) -> dict:
+    """The results of earlier runs on one machine, as one: of a case measured twice, those of the last file.
+
+    Raises:
+        UserError: a file is missing or damaged, or from another machine.
+    """
+    whole = None
+    for file in files:
+        try:
+            out = json.loads(Path(file).read_text())
+            machine, results, notes = out["machine"], out["results"], out["notes"]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"--from {file}: {error!r}") from None
+        if whole is None:
+            whole = out
+            continue
+        for fact in ("cpu", "gpu", "torch"):
+            if machine.get(fact) != whole["machine"].get(fact):
+                raise UserError(f"--from {file}: must be of {whole['machine'].get(fact)}, got {machine.get(fact)}")
+        merged = {_key(result): result for result in whole["results"]} | {_key(result): result for result in results}
+        whole["results"], whole["notes"] = list(merged.values()), [*whole["notes"], *notes]
+    return whole
+
+
+def _key(result: dict) -> tuple:
+    return tuple(result[name] for name in ("suite", "family", "case", "dtype", "device", "threads"))
 
 
 def _draw(out: dict, folder: Path, console: Console) -> None:
@@ -162,22 +199,14 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console(stderr=options.json == "-", width=None if sys.stdout.isatty() else 170)
     warnings.filterwarnings("ignore", message=".*(nested tensors|runs the slower PyTorch reference).*")
     try:
-        if options.source:
-            try:
-                out = json.loads(Path(options.source).read_text())
-            except (OSError, ValueError) as error:
-                raise UserError(f"--from {options.source}: {error}") from None
-        else:
-            out = run(options, console)
+        out = load(options.sources) if options.sources else run(options, console)
     except UserError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
     report.show(out, console)
     if options.json == "-":
         json.dump(out, sys.stdout, indent=1)
-    elif options.json:
-        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.json).write_text(json.dumps(out, indent=1) + "\n")
+    _save(out, options.json)
     if options.figures or (options.json not in (None, "-") and out["results"]):
         _draw(out, Path(options.figures or Path(options.json).parent / "figures"), console)
     if options.readme:

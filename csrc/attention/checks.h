@@ -2,6 +2,8 @@
 // Check and fill: one function per op, called by the CPU and the CUDA side alike.
 #pragma once
 
+#include <algorithm>
+
 #include "../common/contents.h"
 #include "params.h"
 
@@ -45,6 +47,7 @@ struct AttentionCall {
     TP_CHECK(cu_k.numel() == cu_q.numel(), op, "cu_seqlens_k must have the length of cu_seqlens_q (", cu_q.numel(),
              "), got ", cu_k.numel());
     p.batch = cu_q.numel() - 1;
+    p.max_q = std::min(max_q, p.total_q), p.max_k = std::min(max_k, p.total_k);  // a bound may be far too large
     if (key_bias.has_value()) {
       check_dim(op, "key_bias", *key_bias, 1, "[Tk]");
       check_size(op, "key_bias", *key_bias, 0, p.total_k);

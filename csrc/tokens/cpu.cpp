@@ -4,6 +4,7 @@
 
 #include "../common/dtype.h"
 #include "../common/parallel.h"
+#include "../common/prefetch.h"
 #include "checks.h"
 #include "cpu_kernels.h"
 
@@ -72,7 +73,9 @@ Tensor gather_tokens(const Tensor& x, const Tensor& indices) {
   char* to = static_cast<char*>(out.mutable_data_ptr());
   const char* from = static_cast<const char*>(p.map);
   parallel_ranges(p.count, bytes / 8, [&](int64_t begin, int64_t end) {
+    const RowsAhead<> ahead{from, p.indices, end, p.rows, stride, bytes};
     for (int64_t i = begin; i < end; ++i) {
+      ahead.at(i);
       if (p.indices[i] >= 0) {
         std::memcpy(to + i * bytes, from + p.indices[i] * stride, bytes);
       } else {

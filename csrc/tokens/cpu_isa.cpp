@@ -2,6 +2,7 @@
 // The CPU kernels of this family, compiled once per instruction set.
 #include "../common/norm.h"
 #include "../common/pack.h"
+#include "../common/prefetch.h"
 #include "cpu_kernels.h"
 
 namespace tokenprune {
@@ -47,7 +48,10 @@ void norm_rows(const RowParams& p, int64_t begin, int64_t end) {
   const int64_t n = p.channels;
   const T* weight = static_cast<const T*>(p.weight);
   const T* bias = static_cast<const T*>(p.bias);
+  const int64_t size = sizeof(T);
+  const RowsAhead<> ahead{p.map, p.indices, end, p.rows, p.map_stride * size, n * size};
   for (int64_t i = begin; i < end; ++i) {
+    ahead.at(i);
     T* out = static_cast<T*>(p.tokens_out) + i * n;
     C* mean_out = static_cast<C*>(p.mean) + i;
     C* rstd_out = static_cast<C*>(p.rstd) + i;
@@ -116,7 +120,10 @@ void scatter_rows(const RowParams& p, int64_t begin, int64_t end) {
   using C = Compute<T>;
   const int64_t n = p.channels;
   const C* scale = static_cast<const C*>(p.scale);
+  const int64_t size = sizeof(T);
+  const RowsAhead<true> ahead{p.map_out, p.indices, end, p.rows, n * size, n * size};
   for (int64_t i = begin; i < end; ++i) {
+    ahead.at(i);
     if (!valid(p, i)) continue;
     T* out = static_cast<T*>(p.map_out) + static_cast<int64_t>(p.indices[i]) * n;
     const T* x = row<T>(p.tokens, i, p.token_stride);

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-PARTS = ("linear", "conv", "attention", "reduction", "other")
+PARTS = ("linear", "conv", "attention", "deformable", "reduction", "other")
 
 _LINEAR = {"aten.addmm", "aten.mm", "aten._addmm_activation", "aten.linear", "mkldnn._linear_pointwise"}
 _ATTENTION = {"aten.bmm", "aten.baddbmm", "aten._softmax", "aten._safe_softmax"}
@@ -22,14 +22,16 @@ def part_of(func) -> str:
         func: op overload or packet, as a dispatch mode receives it.
 
     Returns:
-        One of ``PARTS``: linear layers, convolutions, attention products, token reduction (selection,
-        matching, merging, gather and scatter), other.
+        One of ``PARTS``: linear layers, convolutions, attention products, deformable attention, token reduction
+        (selection, matching, merging, gather and scatter), other.
     """
     name = str(getattr(func, "overloadpacket", func))
     namespace, _, op = name.partition(".")
     if namespace == "tokenprune":
         if op.startswith(_OWN_LINEAR):
             return "linear"
+        if op.startswith("ms_deform_attn"):
+            return "deformable"
         return "attention" if op.startswith(_OWN_ATTENTION) else "reduction"
     if name in _LINEAR:
         return "linear"

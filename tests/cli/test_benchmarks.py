@@ -114,6 +114,7 @@ def test_every_published_row_is_a_case():
 def test_linear_layers_of_ours_count_as_linear():
     assert profiling.part_of(torch.ops.tokenprune.packed_linear) == "linear"
     assert profiling.part_of(torch.ops.tokenprune.gather_linear) == "linear"
+    assert profiling.part_of(torch.ops.tokenprune.ms_deform_attn.default) == "deformable"
 
 
 def test_long_calls_are_warmed_up_once(monkeypatch):
@@ -122,3 +123,24 @@ def test_long_calls_are_warmed_up_once(monkeypatch):
     samples = profiling.measure({"a": lambda: calls.append(0)}, budget_s=0, min_rounds=3, sample_s=0)
     assert len(samples["a"].seconds) == 3
     assert len(calls) == 5
+
+
+def test_runs_of_one_machine_are_joined(tmp_path):
+    import json
+
+    from benchmarks import __main__ as runner
+
+    first = _out(_result("a", ours_ms=1.0), _result("b", ours_ms=1.0))
+    again = _out(_result("b", ours_ms=2.0), _result("b", ours_ms=3.0, threads=2))
+    other = {**_out(_result("c")), "machine": {**first["machine"], "cpu": "another CPU"}}
+    files = []
+    for name, out in (("first", first), ("again", again), ("other", other)):
+        files.append(str(tmp_path / f"{name}.json"))
+        Path(files[-1]).write_text(json.dumps(out))
+    joined = runner.load(files[:2])["results"]
+    assert [(row["case"], row["ours_ms"]) for row in joined] == [("a", 1.0), ("b", 2.0), ("b", 3.0)]
+    with pytest.raises(runner.UserError, match="must be of a CPU, got another CPU"):
+        runner.load(files)
+    Path(files[1]).write_text("{")
+    with pytest.raises(runner.UserError, match=r"again\.json"):
+        runner.load(files)

@@ -361,6 +361,18 @@ def test_a_sequence_longer_than_the_maximum_is_an_error():
 
 
 @needs_library
+def test_a_bound_may_be_far_too_large():
+    q, k, v = (torch.randn(6, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    results = []
+    for bound in (4, 2**40):
+        out, lse = ops.sparse_attention(q, k, v, cu_seqlens_q=ints([0, 2, 6]), max_seqlen_q=bound)
+        scores = ops.attention_scores(q, k, lse, "mean", cu_seqlens_q=ints([0, 2, 6]), max_seqlen_q=bound)
+        loss = (out**2).sum() + (scores**2).sum()
+        results.append([out, scores, *torch.autograd.grad(loss, (q, k, v))])
+    assert_same(*results)
+
+
+@needs_library
 @pytest.mark.parametrize("bad", [[0, 1, 2, 3, 5], [0, 1, 2, 3, -2]], ids=["large", "negative"])
 def test_index_contents_are_checked_on_the_cpu(bad):
     index = ints(bad)

@@ -76,7 +76,7 @@ def test_errors(device):
     expect(ValueError, op, "add must come with features", ops.gather_linear, x, weight, add=True)
     features = torch.zeros(5, 3, device=device)
     expect(ValueError, op, "scatter must be given", ops.gather_linear, x, weight, features=features)
-    expect(ValueError, op, "features must have 3 columns", ops.gather_linear, x, weight, index=index, features=x)
+    expect(ValueError, op, r"features must have shape \[F, 3\]", ops.gather_linear, x, weight, index=index, features=x)
     expect(
         ValueError,
         op,
@@ -88,6 +88,41 @@ def test_errors(device):
         features=features,
         scatter=ints([1, 2], device),
     )
+
+
+RAW_ERRORS = {
+    "rank of x": ({"x": torch.zeros(2, 6, 4)}, ValueError, r"x must have shape \[R, C\]"),
+    "weight": ({"weight": torch.zeros(3, 5)}, ValueError, r"weight must have shape \[M, 4\]"),
+    "bias": ({"bias": torch.zeros(4)}, ValueError, r"bias must have shape \[3\]"),
+    "dtype": ({"bias": torch.zeros(3).double()}, TypeError, "bias must have the dtype of x"),
+    "integers": ({"x": torch.zeros(6, 4, dtype=torch.int32)}, TypeError, "x must be a float32"),
+    "activation": ({"activation": 2}, ValueError, r"activation must be one of \[0, 1\], got 2"),
+    "long index": ({"index": torch.tensor([1])}, TypeError, "index must be int32"),
+    "rank of index": ({"index": ints([[1]], "cpu")}, ValueError, "index must have 1 dimension"),
+    "lone scatter": ({"scatter": ints([1], "cpu")}, ValueError, "features must come with scatter"),
+    "features": ({"features": torch.zeros(5, 4), "scatter": ints([1] * 6, "cpu")}, ValueError, r"shape \[F, 3\]"),
+    "rows": ({"features": torch.zeros(5, 3), "scatter": ints([1], "cpu")}, ValueError, r"one row per token \(6\)"),
+}
+
+
+@needs_library
+@pytest.mark.parametrize("kind", ["cpu", "meta"])
+@pytest.mark.parametrize("case", RAW_ERRORS)
+def test_raw_errors(case, kind):
+    wrong, error, rule = RAW_ERRORS[case]
+    given = dict.fromkeys(("bias", "index", "features", "scatter")) | {"add": False, "activation": 0}
+    given |= {"x": torch.zeros(6, 4), "weight": torch.zeros(3, 4)} | wrong
+    given = {name: value.to(kind) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
+    expect(error, "gather_linear", rule, raw.gather_linear, **given)
+
+
+@needs_library
+def test_raw_errors_of_the_backward():
+    op, x, weight = raw.gather_linear_backward, torch.zeros(6, 4), torch.zeros(3, 4)
+    name = "gather_linear_backward"
+    expect(ValueError, name, "grad must have the shape of the result", op, x, x, weight, None, None, None, False, 0)
+    grad, rows = torch.zeros(5, 3), ints([1], "cpu")
+    expect(ValueError, name, "scatter must have one row per", op, grad, x, weight, None, None, rows, False, 0)
 
 
 @needs_library

@@ -146,7 +146,7 @@ def test_schedules():
         reducers.create("tome", r=-1, depth=2)
 
 
-@pytest.mark.parametrize("r", [2.5, "8", [3, 1.5], True, (8, 2.0), (8,), None])
+@pytest.mark.parametrize("r", [2.5, "8", [3, 1.5], True, (8, 2.0), (8,), (True, 0), (8, True), None])
 def test_other_schedules_are_refused(r):
     with pytest.raises(ValueError, match="ToMe: r must be an int, a list of ints or"):
         reducers.create("tome", r=r, depth=2)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .. import _library
-from ._register import autocast_cast, call, check, check_floating, register
+from ._register import autocast_cast, call, check, check_floating, check_index, register
 from .tokens import TokenIndex, _indices, _rows, scatter_tokens
 
 __all__ = ["gather_linear"]
@@ -58,63 +58,80 @@ def gather_linear(
     check(activation in _ACTIVATIONS, op, "activation", "be None or 'gelu'", repr(activation))
     x, weight = autocast_cast(x, weight)
     bias = None if bias is None else bias.to(x.dtype)
-    check_floating(op, x=x, weight=weight, **({} if bias is None else {"bias": bias}))
     rows = _rows(op, "x", x)
-    check(
-        weight.dim() == 2 and weight.shape[1] == rows.shape[1],
-        op,
-        "weight",
-        "have shape [M, {}]",
-        tuple(weight.shape),
-        rows.shape[1],
-    )
-    if bias is not None:
-        width = weight.shape[0]
-        check(tuple(bias.shape) == (width,), op, "bias", "have shape [{}]", tuple(bias.shape), width)
     taken = None if index is None else _indices(op, index, x)
     common = (rows, weight, bias, taken)
     if features is None:
         check(scatter is None, op, "scatter", "come with features", "no features")
         check(not add, op, "add", "come with features", "no features")
         return call(op, x.device, *common, None, None, False, _ACTIVATIONS[activation])
-    target = _target(op, features, index if scatter is None else scatter, rows if taken is None else taken, weight)
+    scatter = index if scatter is None else scatter
+    check(scatter is not None, op, "scatter", "be given where there is no index", None)
+    map_rows, target = _rows(op, "features", features), _indices(op, scatter, features)
     if features.dtype != x.dtype:  # a float32 residual stream beside half-precision layers
         tokens = call(op, x.device, *common, None, None, False, _ACTIVATIONS[activation])
-        return scatter_tokens(features, tokens, target[1], add=add)
-    return call(op, x.device, *common, *target, add, _ACTIVATIONS[activation]).view(features.shape)
+        return scatter_tokens(features, tokens, target, add=add)
+    return call(op, x.device, *common, map_rows, target, add, _ACTIVATIONS[activation]).view(features.shape)
 
 
 # ---------------------------------------------------------------- checks
 
 
-def _target(op, features, scatter, tokens, weight):
-    """Rows of the feature map and the index into them, checked."""
-    rows = _rows(op, "features", features)
-    check(rows.shape[1] == weight.shape[0], op, "features", "have {} columns", tuple(features.shape), weight.shape[0])
-    check(features.device == weight.device, op, "features", "be on {}", features.device, weight.device)
-    check(scatter is not None, op, "scatter", "be given where there is no index", None)
-    indices = _indices(op, scatter, features)
+def _check(op, x, weight, bias, index, features, scatter, activation):
+    """The arguments of the op itself, which may be called directly."""
+    given = {"x": x, "weight": weight, "bias": bias, "features": features}
+    check_floating(op, **{name: tensor for name, tensor in given.items() if tensor is not None})
+    check(x.dim() == 2, op, "x", "have shape [R, C]", tuple(x.shape))
+    fits = weight.dim() == 2 and weight.shape[1] == x.shape[1]
+    check(fits, op, "weight", "have shape [M, {}]", tuple(weight.shape), x.shape[1])
+    width = weight.shape[0]
+    if bias is not None:
+        check(tuple(bias.shape) == (width,), op, "bias", "have shape [{}]", tuple(bias.shape), width)
     check(
-        indices.shape[0] == tokens.shape[0],
-        op,
-        "scatter",
-        "have one row per token ({})",
-        tuple(indices.shape),
-        tokens.shape[0],
+        activation in _ACTIVATIONS.values(), op, "activation", "be one of {}", activation, list(_ACTIVATIONS.values())
     )
-    return rows, indices
+    if index is not None:
+        _check_rows(op, "index", index, x)
+    pair = (features is None) == (scatter is None)
+    check(pair, op, "features", "come with scatter", "only one of them")
+    if features is None:
+        return
+    fits = features.dim() == 2 and features.shape[1] == width
+    check(fits, op, "features", "have shape [F, {}]", tuple(features.shape), width)
+    _check_rows(op, "scatter", scatter, x)
+    count = (x if index is None else index).shape[0]
+    check(scatter.shape[0] == count, op, "scatter", "have one row per token ({})", tuple(scatter.shape), count)
+
+
+def _check_backward(grad, x, weight, bias, index, scatter, activation):
+    op = "gather_linear_backward"
+    _check(op, x, weight, bias, index, None, None, activation)
+    check_floating(op, x=x, grad=grad)
+    count = (x if index is None else index).shape[0]
+    if scatter is not None:
+        _check_rows(op, "scatter", scatter, x)
+        check(scatter.shape[0] == count, op, "scatter", "have one row per token ({})", tuple(scatter.shape), count)
+    fits = grad.dim() == 2 and grad.shape[1] == weight.shape[0] and (scatter is not None or grad.shape[0] == count)
+    check(fits, op, "grad", "have the shape of the result", tuple(grad.shape))
+
+
+def _check_rows(op, name, rows, like):
+    check(rows.dtype == torch.int32, op, name, "be int32", rows.dtype, error=TypeError)
+    check_index(op, name, rows, like.device)
 
 
 # ---------------------------------------------------------------- fake
 
 
 def _fake(x, weight, bias, index, features, scatter, add, activation):
+    _check("gather_linear", x, weight, bias, index, features, scatter, activation)
     if features is not None:
         return x.new_empty(features.shape)
     return x.new_empty((x if index is None else index).shape[0], weight.shape[0])
 
 
 def _fake_backward(grad, x, weight, bias, index, scatter, add, activation):
+    _check_backward(grad, x, weight, bias, index, scatter, activation)
     return (
         x.new_empty(x.shape),
         x.new_empty(weight.shape),
@@ -173,6 +190,7 @@ def _without_autocast(function):
 
 
 def _composition(x, weight, bias, index, features, scatter, add, activation):
+    _check("gather_linear", x, weight, bias, index, features, scatter, activation)
     rows = x if index is None else call("gather_tokens", x.device, x, index)
     y = functional.linear(rows, weight, bias)
     if activation == 1:
@@ -182,6 +200,7 @@ def _composition(x, weight, bias, index, features, scatter, add, activation):
 
 @_without_autocast
 def _composed_backward(grad, x, weight, bias, index, scatter, add, activation):
+    _check_backward(grad, x, weight, bias, index, scatter, activation)
     tokens = torch.ops.tokenprune
     rows = x if index is None else tokens.gather_tokens(x, index)
     grad_y = grad if scatter is None else tokens.gather_tokens(grad, scatter)

@@ -52,8 +52,8 @@ class EvoViT(Reducer):
     ):
         super().__init__()
         if isinstance(ratio, (int, float)):
-            if layer < 0:
-                raise ValueError(f"EvoViT: layer must be >= 0, got {layer}")
+            if not isinstance(layer, int) or isinstance(layer, bool) or layer < 0:
+                raise ValueError(f"EvoViT: layer must be >= 0 and whole, got {layer!r}")
             if not 0 <= ratio <= 1:
                 raise ValueError(f"EvoViT: ratio must lie in [0, 1], got {ratio}")
             ratio = [1.0] * min(layer, depth) + [ratio] * max(depth - layer, 0)

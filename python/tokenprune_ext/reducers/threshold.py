@@ -102,15 +102,15 @@ class ScoreSelect(Reducer):
         layers = list(range(depth // 4, depth)) if layers is None else list(layers)
         if mode not in _MODES:
             raise ValueError(f"ScoreSelect: mode must be one of {_MODES}, got {mode!r}")
-        if not all(0 <= layer < depth for layer in layers):
-            raise ValueError(f"ScoreSelect: layers must lie in [0, {depth}), got {layers}")
+        if not all(0 <= layer < depth for layer in layers) or len(set(layers)) < len(layers):
+            raise ValueError(f"ScoreSelect: layers must lie in [0, {depth}), each once, got {layers}")
         self.layers, self.mode, self.threshold = layers, mode, threshold
         self.keep = dict(zip(layers, _targets(keep, len(layers)), strict=True))
         self.candidate_prefix, self.capacity = tuple(candidate_prefix), capacity
         self.generator, self.ratio_per_sample = generator, ratio_per_sample
         self.num_prefix, self.fast_idle, self.dense, self.tau = num_prefix, fast_idle, dense, tau
-        if capacity is not None and not capacity > 0:
-            raise ValueError(f"ScoreSelect: capacity must be positive, got {capacity}")
+        if capacity is not None and not 0 < capacity <= 1:
+            raise ValueError(f"ScoreSelect: capacity must be a share in (0, 1], got {capacity}")
         if math.isnan(threshold):
             raise ValueError("ScoreSelect: threshold must be a number, got nan")
         if not tau > 0:

@@ -175,9 +175,9 @@ class ToMe(Reducer):
 
 def _check_r(r):
     """Whole numbers, and a share for the slope: anything else would be truncated into another schedule."""
-    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (r if isinstance(r, list) else [r]))
-    sloped = isinstance(r, tuple) and len(r) == 2 and all(isinstance(n, (int, float)) for n in r) and -1 <= r[1] <= 1
-    if not (whole or sloped):
+    sloped = isinstance(r, tuple) and len(r) == 2 and type(r[1]) in (int, float) and -1 <= r[1] <= 1
+    counts = r if isinstance(r, list) else r[:1] if sloped else [r]
+    if not all(type(n) is int or (sloped and type(n) is float) for n in counts):
         raise ValueError(f"ToMe: r must be an int, a list of ints or (r, inflect in [-1, 1]), got {r!r}")
 
 

@@ -150,7 +150,7 @@ def split(
         excess: multiply-adds of the dense model that ``dims`` do not explain.
     """
     if dims is None or counts is None:
-        return {part: macs[part] for part in PARTS}, macs["reduction"] + macs["other"]
+        return {part: macs[part] for part in PARTS}, macs["deformable"] + macs["reduction"] + macs["other"]
     parts, total = macs_by_part(dims, counts.layers), sum(macs.values())
     parts["linear"] += excess
     reducer = _reducer(model)
