@@ -24,15 +24,15 @@ class PackedLinear(nn.Linear):
             x: input.
             others: what :meth:`fused` will get besides.
         """
-        weight = self.weight
-        given = [weight, *(t for t in (self.bias, *others) if t is not None)]
-        return (
-            x.device.type == "cpu"
-            and all(t.dtype == x.dtype for t in given)
-            and not (torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in given)))
-            and not torch.is_autocast_enabled("cpu")
-            and (self._copy is not None if torch.compiler.is_compiling() else not weight.is_inference())
-        )
+        if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return False
+        weight, dtype, grads = self.weight, x.dtype, torch.is_grad_enabled()
+        if grads and x.requires_grad:
+            return False
+        for t in (weight, self.bias, *others):
+            if t is not None and (t.dtype != dtype or (grads and t.requires_grad)):
+                return False
+        return self._copy is not None if torch.compiler.is_compiling() else not weight.is_inference()
 
     def packed(self) -> Tensor:
         """The packed weight, made again when the weight has changed since."""

@@ -121,14 +121,18 @@ def check_floating(op, **tensors):
 
 
 def check_index(op, argument, tensor, device, dim=1):
-    """Integer tensor of ``dim`` dimensions on ``device``; returned as contiguous int32."""
-    check(isinstance(tensor, torch.Tensor), op, argument, "be a tensor", type(tensor), error=TypeError)
-    check(tensor.dtype in (torch.int32, torch.int64), op, argument, "be int32 or int64", tensor.dtype, error=TypeError)
-    check(tensor.dim() == dim, op, argument, "have {} dimension(s)", tuple(tensor.shape), dim)
-    check(tensor.device == device, op, argument, "be on {}", tensor.device, device)
-    if tensor.dtype == torch.int64:  # saturate: what is out of range must stay so
-        tensor = tensor.clamp(-(2**31), 2**31 - 1)
-    return tensor.to(torch.int32)
+    """Integer tensor of ``dim`` dimensions on ``device``; returned as int32."""
+    if not isinstance(tensor, torch.Tensor):
+        check(False, op, argument, "be a tensor", type(tensor), error=TypeError)
+    if tensor.dtype not in (torch.int32, torch.int64):
+        check(False, op, argument, "be int32 or int64", tensor.dtype, error=TypeError)
+    if tensor.dim() != dim:
+        check(False, op, argument, "have {} dimension(s)", tuple(tensor.shape), dim)
+    if tensor.device != device:
+        check(False, op, argument, "be on {}", tensor.device, device)
+    if tensor.dtype == torch.int32:
+        return tensor
+    return tensor.clamp(-(2**31), 2**31 - 1).to(torch.int32)  # saturate: what is out of range must stay so
 
 
 def stat_dtype(dtype):

@@ -172,36 +172,26 @@ def policy_attention(
 
 def _check_width(op, q):
     """The CUDA kernels keep a head's sums in registers, so its width has a limit there (the reference has none)."""
-    wide = q.device.type == "cuda" and has_kernels("cuda")
-    check(
-        not wide or q.shape[-1] <= _MOST_CUDA_DIM,
-        op,
-        "the head dimension on CUDA",
-        "be <= {}",
-        q.shape[-1],
-        _MOST_CUDA_DIM,
-    )
+    if q.shape[-1] > _MOST_CUDA_DIM and q.device.type == "cuda" and has_kernels("cuda"):
+        check(False, op, "the head dimension on CUDA", "be <= {}", q.shape[-1], _MOST_CUDA_DIM)
 
 
 def _ragged_arguments(op, q, k, v, cu_q, cu_k, max_q, max_k, key_bias, scale, index, index_k=None):
     """The common tail (cu_seqlens_q .. scale) of every ragged op, checked."""
     check_floating(op, q=q, k=k, v=v)
-    check(q.dim() == 3, op, "q", "have shape [Tq, H, D]", tuple(q.shape))
-    check(
-        k.dim() == 3 and k.shape[1:] == q.shape[1:],
-        op,
-        "k",
-        "have shape [Tk, {}, {}]",
-        tuple(k.shape),
-        q.shape[1],
-        q.shape[2],
-    )
-    check(v.shape == k.shape, op, "v", "have the shape of k {}", tuple(v.shape), tuple(k.shape))
+    if q.dim() != 3:
+        check(False, op, "q", "have shape [Tq, H, D]", tuple(q.shape))
+    if k.dim() != 3 or k.shape[1:] != q.shape[1:]:
+        check(False, op, "k", "have shape [Tk, {}, {}]", tuple(k.shape), *q.shape[1:])
+    if v.shape != k.shape:
+        check(False, op, "v", "have the shape of k {}", tuple(v.shape), tuple(k.shape))
     _check_width(op, q)
     cu_q = check_index(op, "cu_seqlens_q", cu_q, q.device)
     cu_k = cu_q if cu_k is None else check_index(op, "cu_seqlens_k", cu_k, q.device)
-    check(cu_q.shape[0] >= 1, op, "cu_seqlens_q", "have at least one entry", tuple(cu_q.shape))
-    check(cu_k.shape == cu_q.shape, op, "cu_seqlens_k", "have shape {}", tuple(cu_k.shape), tuple(cu_q.shape))
+    if cu_q.shape[0] < 1:
+        check(False, op, "cu_seqlens_q", "have at least one entry", tuple(cu_q.shape))
+    if cu_k.shape != cu_q.shape:
+        check(False, op, "cu_seqlens_k", "have shape {}", tuple(cu_k.shape), tuple(cu_q.shape))
     max_k = max_q if max_k is None else max_k
     check(max_q >= 0, op, "max_seqlen_q", "be >= 0", max_q)
     check(max_k >= 0, op, "max_seqlen_k", "be >= 0", max_k)
