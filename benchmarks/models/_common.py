@@ -17,8 +17,9 @@ from unittest import mock
 
 import tokenprune_ext
 import torch
-from tokenprune_ext import _flops, _library, _variants
+from tokenprune_ext import _flops, _library, _variants, reducers
 from tokenprune_ext._images import load_photo, preprocess
+from tokenprune_ext.integrations import timm as timm_vit
 from tokenprune_ext.profiling import LayerTokens, time_parts, total_macs, vit_macs
 from tokenprune_ext.reducers import smyrf
 from torch import Tensor, nn
@@ -224,11 +225,24 @@ _FLOOR = {torch.float32: 2e-3, torch.bfloat16: 3e-2}  # relative error that is a
 _FLIPS = 5e-3  # what a few choices of plain PyTorch in float32 amount to
 
 
-def _class_features(model: nn.Module, images: Tensor, carry: dict | None) -> tuple[Tensor, dict]:
-    """Features of the first image's class token, and the draws of the forward pass."""
-    features, state = tokenprune_ext.features(model, images, carry=carry)
+def _checked_features(model: nn.Module, images: Tensor, carry: dict | None, large: bool) -> tuple[Tensor, dict]:
+    """Features of the first image's class token, and the draws of the forward pass.
+
+    In large models with hashed groups (ACT, SMYRF) all tokens behind the first layer that forms them instead: one hash
+    that crosses its boundary by round-off changes what all later layers do, in plain PyTorch too.
+    """
+    hashed = large and isinstance(model.token_reducer, (reducers.get("act"), reducers.get("smyrf")))
+    first = min(model.token_reducer.layers) if hashed else -1
+    behind = {}
+
+    def each(layer, x, state):
+        if layer == first:
+            behind[layer] = x
+
+    features, state = timm_vit.forward(model, images, carry=carry, each=each)
     draws = {name: value for name, value in state.carry.items() if _DRAWS.match(name)}
-    return features.reshape(-1, features.shape[-1])[0].double().cpu(), draws
+    checked = behind[first][0] if hashed else features.reshape(-1, features.shape[-1])[0]
+    return checked.flatten().double().cpu(), draws
 
 
 def _plain_smyrf(q, k, v, q_order, k_order, *, q_size, scale, **rest):
@@ -248,7 +262,7 @@ def _plain_ops(large: bool):
 
 
 def _in_plain_pytorch(plain: nn.Module, place: Place, row: Row, dtype: torch.dtype, draws: dict | None):
-    """The first image on the CPU through the reference ops; see :func:`_class_features`."""
+    """The first image on the CPU through the reference ops; see :func:`_checked_features`."""
     key = (place.backbone.label, row.key, dtype)
     if key not in _references:
         first = next(plain.parameters())
@@ -260,7 +274,7 @@ def _in_plain_pytorch(plain: nn.Module, place: Place, row: Row, dtype: torch.dty
             image, stat = _images(plain, 1).to(dtype), torch.float64 if dtype == torch.float64 else torch.float32
             draws = None if draws is None else {name: value.to(stat) for name, value in draws.items()}
             with _plain_ops(place.backbone.patient):
-                _references[key] = _class_features(model, image, draws)
+                _references[key] = _checked_features(model, image, draws, place.backbone.patient)
     return _references[key]
 
 
@@ -269,7 +283,7 @@ def _error(got: Tensor, want: Tensor) -> float:
 
 
 def _verify(plain: nn.Module, reduced: nn.Module, place: Place, row: Row):
-    """Class-token features of the first image against float64 (large models: float32).
+    """Features of the first image (:func:`_checked_features`) against float64 (large models: float32).
 
     Round-off flips choices between nearly equal tokens, in plain PyTorch as in ours, so that ours may err twice as much as
     plain PyTorch in the same dtype, plus a floor.
@@ -286,7 +300,7 @@ def _verify(plain: nn.Module, reduced: nn.Module, place: Place, row: Row):
             return f"the output has shape {tuple(output.shape)}, or is not finite"
         carry = {name: value.to(device, torch.float32) for name, value in draws.items()}
         image = _images(plain, 1).to(device, place.dtype)
-        error = _error(_class_features(reduced, image, carry)[0], want)
+        error = _error(_checked_features(reduced, image, carry, place.backbone.patient)[0], want)
         return None if error <= allowed else f"features are off by {error:.1e} (allowed {allowed:.1e})"
 
     return verify
