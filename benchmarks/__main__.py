@@ -167,7 +167,7 @@ def load(files: list[str]) -> dict:
         try:
             out = json.loads(Path(file).read_text())
             machine, results, notes = out["machine"], out["results"], out["notes"]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"--from {file}: {error!r}") from None
         if whole is None:
             whole = out

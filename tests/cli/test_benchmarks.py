@@ -141,6 +141,7 @@ def test_runs_of_one_machine_are_joined(tmp_path):
     assert [(row["case"], row["ours_ms"]) for row in joined] == [("a", 1.0), ("b", 2.0), ("b", 3.0)]
     with pytest.raises(runner.UserError, match="must be of a CPU, got another CPU"):
         runner.load(files)
-    Path(files[1]).write_text("{")
-    with pytest.raises(runner.UserError, match=r"again\.json"):
-        runner.load(files)
+    for damaged in ("{", "[1]", "{}"):
+        Path(files[1]).write_text(damaged)
+        with pytest.raises(runner.UserError, match=r"again\.json"):
+            runner.load(files)
