@@ -30,8 +30,10 @@ struct Dot<uint32_t> {
 constexpr bool kHasBFloat16Dot = false;
 #endif
 
-// What happens to a row of finished accumulators before it is stored: nothing.
+// What happens beside the product: nothing at a step along k, nothing to a row of finished accumulators before it is
+// stored.
 struct StoreOnly {
+  void step(int64_t) const {}
   template <int V, typename Acc>
   void row(int64_t, int64_t, Vec<Acc>*) const {}
 };
@@ -48,6 +50,7 @@ struct Gemm {
     Vec<Acc> acc[R][V];
     TP_UNROLL for (int r = 0; r < R; ++r) { TP_UNROLL for (int v = 0; v < V; ++v) acc[r][v] = Vec<Acc>{}; }
     for (int64_t i = 0; i < k; ++i) {
+      last.step(i);
       Vec<Unit> row[V];
       TP_UNROLL for (int v = 0; v < V; ++v) row[v] = load(b + i * ldb + v * kW);
       TP_UNROLL for (int r = 0; r < R; ++r) {

@@ -47,7 +47,10 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t out_features
   p.y = y.mutable_data_ptr();
   if (p.rows == 0 || out_features == 0) return y;
   // Every strip reads the whole weight once: as few as fit the second-level cache, equally long, of whole tiles of 6.
-  const int64_t wanted = (p.rows + 59) / 60, threads = torch::stable::get_num_threads();
+  constexpr int64_t kStripBytes = 576 << 10;
+  const int64_t fitting = kStripBytes / (p.in_features * call.x.element_size() + 1);
+  const int64_t most = std::clamp<int64_t>(fitting / 6 * 6, 12, 60), wanted = (p.rows + most - 1) / most;
+  const int64_t threads = torch::stable::get_num_threads();
   p.strip = ((p.rows + wanted - 1) / wanted + 5) / 6 * 6;
   const int64_t strips = (p.rows + p.strip - 1) / p.strip;
   // Few strips: threads share their columns. A value never depends on how the work was cut.

@@ -15,6 +15,7 @@ template <typename T>
 constexpr int64_t kPer = kUsesPairs<T> ? 2 : 1;  // values per unit
 template <typename T>
 constexpr int64_t kPanel = kTileVecs * kLanes<typename Packed<T>::type>;  // columns
+constexpr int64_t kDepth = 1024;  // units of a panel that stay in the second-level cache for all rows of a strip
 
 template <typename T>
 int64_t units_of(int64_t k) {
@@ -134,6 +135,15 @@ void finish(const PackedLinearParams& p, int64_t row, int64_t n, int64_t j, int6
   }
 }
 
+// Asks for the part of the weights that comes next, a little at every step of a tile: hardware prefetchers stop at
+// every page and leave most of main memory's latency to be waited for.
+struct WeightsAhead : StoreOnly {
+  const char* part;
+  int64_t rate;  // bytes per step, times 64
+
+  __attribute__((always_inline)) void step(int64_t i) const { __builtin_prefetch(part + (i * rate >> 6), 0, 2); }
+};
+
 template <typename T>
 void linear_item(const PackedLinearParams& p, int64_t item, int64_t chunks, char* scratch) {
   using U = typename Packed<T>::type;
@@ -148,11 +158,18 @@ void linear_item(const PackedLinearParams& p, int64_t item, int64_t chunks, char
   const U* weights = static_cast<const U*>(p.packed);
   for (int64_t panel = panels * chunk / chunks; panel < panels * (chunk + 1) / chunks; ++panel) {
     const int64_t j = panel * kPanel<T>, width = p.out_features - j < kPanel<T> ? p.out_features - j : kPanel<T>;
-    const int64_t padded = round_up(width, kLanes<U>);
-    for (int64_t i = 0; i < rows; i += kTileRows) {
-      const int64_t r = rows - i < kTileRows ? rows - i : kTileRows;
-      Gemm<U>::pick(r, padded / kLanes<U>)(input + i * stride, stride, 1, weights + j * k, padded,
-                                           block + i * kPanel<T>, kPanel<T>, k, false, {}, i, j);
+    const int64_t padded = round_up(width, kLanes<U>), rate = padded * sizeof(U) * 64 / ceil_div(rows, kTileRows);
+    for (int64_t k0 = 0; k0 == 0 || k0 < k; k0 += kDepth) {  // no inputs: zeros, once
+      const int64_t depth = k - k0 < kDepth ? k - k0 : kDepth;
+      const U* part = weights + j * k + k0 * padded;
+      const char* next = reinterpret_cast<const char*>(part + depth * padded);
+      for (int64_t i = 0; i < rows; i += kTileRows) {
+        const int64_t r = rows - i < kTileRows ? rows - i : kTileRows;
+        const WeightsAhead ahead{{}, next + (i / kTileRows * depth * rate >> 6), rate};
+        Gemm<U>::template pick<WeightsAhead>(r, padded / kLanes<U>)(input + i * stride + k0, stride, 1, part, padded,
+                                                                    block + i * kPanel<T>, kPanel<T>, depth, k0 > 0,
+                                                                    ahead, i, j);
+      }
     }
     finish<T>(p, begin, rows, j, width, block);
   }

@@ -78,6 +78,7 @@ SPECS = [
             "one": {"rows": 1, "inputs": 1, "outputs": 1},
             "odd": {"rows": 67, "inputs": 33, "outputs": 71, "norm": True, "act": "gelu", "full": True},
             "strips": {"rows": 125, "inputs": 48, "outputs": 130, "norm": True, "full": True},
+            "deep": {"rows": 13, "inputs": 2151, "outputs": 5, "norm": True, "full": True},
             "gelu_tanh": {"rows": 5, "inputs": 64, "outputs": 64, "act": "gelu_tanh"},
             "quick_gelu": {"rows": 5, "inputs": 64, "outputs": 64, "act": "quick_gelu", "full": True},
             "indexed": {"rows": 20, "inputs": 24, "outputs": 40, "norm": True, "full": True, "index": 31},
