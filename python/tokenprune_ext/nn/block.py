@@ -87,6 +87,11 @@ class AttentionBranch:
         """Whether attention weights are dropped now (while training), which only the model's own code does."""
         return self._attn_drop > 0
 
+    @property
+    def _as_projected(self):
+        """Whether queries and keys enter the attention as the projection gives them."""
+        return self._q_norm is None and self._k_norm is None and self._rotary is None and self._pair_bias is None
+
     def qkv(self, z: Tensor, state: TokenState) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised tokens ``[..., C]`` -> queries, keys, values, each ``[..., H, D]`` (rotated, where the model does)."""
         return self._heads(
@@ -135,8 +140,12 @@ class AttentionBranch:
         if self._pair_bias is not None:
             return biased_attention(q, k, v, self._pair_bias, state, self.logit_scale, want)
         lead = q.shape[:-2]
-        cu_seqlens, max_seqlen = state.sequences(q)
-        q, k, v = (t.reshape(-1, self.num_heads, self.head_dim) for t in (q, k, v))
+        flat = (t.reshape(-1, self.num_heads, self.head_dim) for t in (q, k, v))
+        return self._attend(*flat, lead, state.sequences(q), state, want)
+
+    def _attend(self, q, k, v, lead, sequences, state, want):
+        """Attention of rows ``[T, H, D]`` that are tokens ``[*lead]``: ``([*lead, H * D], by-product)``."""
+        cu_seqlens, max_seqlen = sequences
         bias = None if state.key_bias is None else state.key_bias.reshape(-1)
         ragged = {
             "cu_seqlens_q": cu_seqlens,
@@ -200,10 +209,15 @@ class AttentionBranch:
         norm = plain_norm(self.norm)
         several = isinstance(self._qkv, tuple)
         parts = self._qkv if several else (self._qkv,)
-        begins = norm is not None and all(fusible(part, x, *norm[:2]) for part in parts)
+        begins = norm is not None and all([fusible(part, x, norm[0], norm[1]) for part in parts])
         if begins and plain and fusible(self._proj, x, gamma) and self._gate is None and idle(self._proj_drop):
-            qkv = tuple(part.fused(x, norm=norm) for part in parts)
-            mixed, product = self.mix(*self._heads(qkv if several else qkv[0], state), state, want)
+            qkv = tuple([part.fused(x, norm=norm) for part in parts])
+            if self._as_projected and not several:
+                self._check_dropout()
+                rows = qkv[0].view(-1, 3, self.num_heads, self.head_dim).unbind(1)
+                mixed, product = self._attend(*rows, x.shape[:-1], state.sequences(x), state, want)
+            else:
+                mixed, product = self.mix(*self._heads(qkv if several else qkv[0], state), state, want)
             mixed = mixed if self._out_norm is None else self._out_norm(mixed)
             if self._proj.ready(mixed, gamma):
                 y = self._proj.fused(mixed, residual=x, scale=gamma)

@@ -15,7 +15,7 @@ class PackedLinear(nn.Linear):
     ``weight.data``, nor, in a compiled model, in-place changes outside training mode: call :func:`pack` again after those.
     """
 
-    _copy: tuple | None = None  # the weight it was made from, its version then, the packed weight
+    _copy: tuple | None = None  # alias of the weight it was made from, facts about that, the packed weight
 
     def ready(self, x: Tensor, *others: Tensor | None) -> bool:
         """Whether ``x`` can go through the packed weight (otherwise this is a plain linear layer).
@@ -24,26 +24,26 @@ class PackedLinear(nn.Linear):
             x: input.
             others: what :meth:`fused` will get besides.
         """
-        if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        if not x.is_cpu or torch.is_autocast_enabled("cpu"):
             return False
-        weight, dtype, grads = self.weight, x.dtype, torch.is_grad_enabled()
+        weight, dtype, grads = parameter(self, "weight"), x.dtype, torch.is_grad_enabled()
         if grads and x.requires_grad:
             return False
-        for t in (weight, self.bias, *others):
+        for t in (weight, parameter(self, "bias"), *others):
             if t is not None and (t.dtype != dtype or (grads and t.requires_grad)):
                 return False
         return self._copy is not None if torch.compiler.is_compiling() else not weight.is_inference()
 
     def packed(self) -> Tensor:
         """The packed weight, made again when the weight has changed since."""
-        if torch.compiler.is_compiling():
-            return self._copy[2]
-        weight = self.weight
-        if self._copy is None or _facts(self._copy[0], self._copy[1]) != _facts(weight, weight._version):
-            with torch.no_grad():
-                # The alias keeps the memory, so that no other weight can come to lie at the same address.
-                self._copy = (weight.detach(), weight._version, pack_linear(weight))
-        return self._copy[2]
+        copy = self._copy
+        if not torch.compiler.is_compiling():
+            weight = parameter(self, "weight")
+            if copy is None or copy[1] != _facts(weight):
+                with torch.no_grad():
+                    # The alias keeps the memory, so that no other weight can come to lie at the same address.
+                    self._copy = copy = (weight.detach(), _facts(weight), pack_linear(weight))
+        return copy[2]
 
     def prepare(self) -> None:
         """Make the copy now, where this layer can use one."""
@@ -53,7 +53,7 @@ class PackedLinear(nn.Linear):
 
     def fused(self, x: Tensor, **parts) -> Tensor:
         """:func:`tokenprune_ext.ops.packed_linear` with this layer's weight and bias; only where :meth:`ready`."""
-        return packed_linear(x, self.packed(), self.out_features, self.bias, **parts)
+        return packed_linear(x, self.packed(), self.out_features, parameter(self, "bias"), **parts)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features] -> [..., out_features]``."""
@@ -107,8 +107,14 @@ def unpack(model: nn.Module) -> nn.Module:
     return model
 
 
-def _facts(weight, version):
-    return weight.data_ptr(), version, weight.dtype, weight.stride()
+def _facts(weight):
+    return weight.data_ptr(), weight._version, weight.dtype, weight.stride()
+
+
+def parameter(module: nn.Module, name: str) -> Tensor | None:
+    """``module.name`` without the search of ``nn.Module``: this runs several times per block of every forward."""
+    own = module._parameters
+    return own[name] if name in own else getattr(module, name)
 
 
 def hooked(module: nn.Module) -> bool:
@@ -124,7 +130,7 @@ def plain_norm(norm) -> tuple | None:
         and len(norm.normalized_shape) == 1
         and not hooked(norm)
     ):
-        return norm.weight, norm.bias, norm.eps
+        return parameter(norm, "weight"), parameter(norm, "bias"), norm.eps
     return None
 
 
@@ -163,9 +169,11 @@ def fused_mlp(mlp, norm, x: Tensor, layer_scale, drop_path) -> Tensor | None:
     norm, (plain, gamma) = plain_norm(norm), plain_scale(layer_scale, drop_path)
     if norm is None or not plain or type(mlp).__name__ != "Mlp" or hooked(mlp):
         return None
-    if not fusible(mlp.fc1, x, *norm[:2]) or not fusible(mlp.fc2, x, gamma):
+    parts = mlp._modules
+    fc1, fc2, act = (parts.get(name) for name in ("fc1", "fc2", "act"))
+    if not fusible(fc1, x, norm[0], norm[1]) or not fusible(fc2, x, gamma):
         return None
-    act = None if hooked(mlp.act) else activation_name(mlp.act)
-    if act is None or not all(idle(getattr(mlp, name, None)) for name in ("drop", "drop1", "drop2", "norm")):
+    act = None if act is None or hooked(act) else activation_name(act)
+    if act is None or not all(idle(module) for name, module in parts.items() if name not in ("fc1", "fc2", "act")):
         return None
-    return mlp.fc2.fused(mlp.fc1.fused(x, norm=norm, act=act), residual=x, scale=gamma)
+    return fc2.fused(fc1.fused(x, norm=norm, act=act), residual=x, scale=gamma)

@@ -129,8 +129,9 @@ class EViT(Reducer):
             state = _follow(state, order, tokens, self.fuse_token).with_carry(**stage)
         state = _take(state, order, self.fuse_token)
         if self.fuse_token:
-            weights = score.scatter(1, order, 0).to(x.dtype)
-            chosen = torch.cat([chosen, weights[:, None] @ x], 1)
+            weights = score.scatter(1, order, 0)  # float32: PyTorch's product of such a thin matrix is slow in bfloat16
+            fused = weights[:, None] @ x.to(weights.dtype)
+            chosen = torch.cat([chosen, fused.to(x.dtype)], 1)
         return chosen, state
 
     def _select_ragged(self, x, score, state, layer):
