@@ -12,6 +12,7 @@ from .. import _library
 _references: dict[str, Callable] = {}
 _ops: dict[str, Callable] = {}
 _warned: set[tuple[str, str]] = set()
+_interpreter = torch._C._functorch.peek_interpreter_stack
 _FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -69,7 +70,7 @@ def _no_gradient(name):
 
 def call(name, device, *args):
     """Run the compiled op, or the reference (with one warning) where there is no kernel for the device."""
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and (forward_ad._current_level >= 0 or _interpreter() is not None):
         _refuse_transforms(name, args)
     if _library.has_kernels(device.type):
         return _ops[name](*args)
@@ -85,7 +86,7 @@ def call(name, device, *args):
 
 def _refuse_transforms(name, args):
     """Forward-mode and functorch differentiation would silently give zeros; say so instead."""
-    interpreter = torch._C._functorch.peek_interpreter_stack()
+    interpreter = _interpreter()
     functional = interpreter is not None and interpreter.key().name in ("Grad", "Jvp")
     if functional or (
         forward_ad._current_level >= 0

@@ -63,21 +63,17 @@ def select_tokens(mask: Tensor, *, capacity: int | None = None) -> TokenIndex:
         tensor([0, 2], dtype=torch.int32)
     """
     op = "select_tokens"
-    check(
-        isinstance(mask, Tensor) and mask.dtype == torch.bool,
-        op,
-        "mask",
-        "be a bool tensor",
-        getattr(mask, "dtype", type(mask)),
-        error=TypeError,
-    )
-    check(mask.dim() == 2, op, "mask", "have shape [B, N]", tuple(mask.shape))
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        check(False, op, "mask", "be a bool tensor", getattr(mask, "dtype", type(mask)), error=TypeError)
+    shape = mask.shape
+    if len(shape) != 2:
+        check(False, op, "mask", "have shape [B, N]", tuple(shape))
     if capacity is None:
         indices, cu_seqlens = call("select_tokens", mask.device, mask)
     else:
         check(capacity >= 0, op, "capacity", "be >= 0", capacity)
         indices, cu_seqlens = call("select_tokens_capacity", mask.device, mask, capacity)
-    return TokenIndex(indices, cu_seqlens, mask.shape[1])
+    return TokenIndex(indices, cu_seqlens, shape[1])
 
 
 def gather_tokens(x: Tensor, index: TokenIndex | Tensor) -> Tensor:
