@@ -4,7 +4,6 @@
 
 #include "../common/dtype.h"
 #include "../common/parallel.h"
-#include "../common/prefetch.h"
 #include "checks.h"
 #include "cpu_kernels.h"
 
@@ -69,19 +68,9 @@ Tensor gather_tokens(const Tensor& x, const Tensor& indices) {
   RowCall call("gather_tokens", x, indices);
   const RowParams& p = call.p;
   Tensor out = allocate(call.map, {p.count, p.channels});
-  const int64_t bytes = p.channels * call.map.element_size(), stride = p.map_stride * call.map.element_size();
-  char* to = static_cast<char*>(out.mutable_data_ptr());
-  const char* from = static_cast<const char*>(p.map);
-  parallel_ranges(p.count, bytes / 8, [&](int64_t begin, int64_t end) {
-    const RowsAhead<> ahead{from, p.indices, end, p.rows, stride, bytes};
-    for (int64_t i = begin; i < end; ++i) {
-      ahead.at(i);
-      if (p.indices[i] >= 0) {
-        std::memcpy(to + i * bytes, from + p.indices[i] * stride, bytes);
-      } else {
-        std::memset(to + i * bytes, 0, bytes);
-      }
-    }
+  const int64_t size = call.map.element_size();
+  parallel_ranges(p.count, p.channels * size / 8, [&](int64_t begin, int64_t end) {
+    token_kernels().gather(p, size, out.mutable_data_ptr(), begin, end);
   });
   return out;
 }

@@ -42,6 +42,20 @@ const T* row(const void* base, int64_t index, int64_t stride) {
 
 inline bool valid(const RowParams& p, int64_t i) { return p.indices[i] >= 0 && p.indices[i] < p.rows; }
 
+void gather_rows(const RowParams& p, int64_t size, void* out, int64_t begin, int64_t end) {
+  const int64_t bytes = p.channels * size, stride = p.map_stride * size;
+  const char* from = static_cast<const char*>(p.map);
+  const RowsAhead<> ahead{from, p.indices, end, p.rows, stride, bytes};
+  for (int64_t i = begin; i < end; ++i) {
+    char* to = static_cast<char*>(out) + i * bytes;
+    if (valid(p, i)) {
+      ahead.copy(i, to, from + p.indices[i] * stride);
+    } else {
+      __builtin_memset(to, 0, bytes);
+    }
+  }
+}
+
 template <typename T>
 void norm_rows(const RowParams& p, int64_t begin, int64_t end) {
   using C = Compute<T>;
@@ -123,14 +137,14 @@ void scatter_rows(const RowParams& p, int64_t begin, int64_t end) {
   const int64_t size = sizeof(T);
   const RowsAhead<true> ahead{p.map_out, p.indices, end, p.rows, n * size, n * size};
   for (int64_t i = begin; i < end; ++i) {
-    ahead.at(i);
     if (!valid(p, i)) continue;
     T* out = static_cast<T*>(p.map_out) + static_cast<int64_t>(p.indices[i]) * n;
     const T* x = row<T>(p.tokens, i, p.token_stride);
     if (scale == nullptr && !p.add) {
-      __builtin_memcpy(out, x, n * sizeof(T));
+      ahead.copy(i, out, x);
       continue;
     }
+    ahead.at(i);
     const C s = scale == nullptr ? C(1) : scale[i];
     constexpr int w = kLanes<C>;
     int64_t c = 0;
@@ -223,7 +237,8 @@ bool sum_rows(Dtype d, const RowParams& p, const int32_t* offsets, const int32_t
 }  // namespace TOKENPRUNE_ISA
 
 extern const TokenKernels TP_TABLE(token_kernels) = {
-    compact, gather_layer_norm, gather_layer_norm_backward, layer_norm_parameters, scatter, scatter_backward, sum_rows,
+    compact, gather_rows,      gather_layer_norm, gather_layer_norm_backward, layer_norm_parameters,
+    scatter, scatter_backward, sum_rows,
 };
 
 }  // namespace tokenprune

@@ -159,7 +159,8 @@ def scatter_tokens_(
         raise RuntimeError(
             f"tokenprune::{op}: features and tokens must not require grad (use scatter_tokens), got requires_grad=True"
         )
-    check(features.is_contiguous(), op, "features", "be contiguous", features.stride())
+    if not features.is_contiguous():
+        check(False, op, "features", "be contiguous", features.stride())
     rows, tokens, indices, scale = _scatter_arguments(op, features, tokens, index, scale)
     call(op, features.device, rows, tokens, indices, scale, add)
     return features
@@ -170,8 +171,12 @@ def scatter_tokens_(
 
 def _rows(op, name, x):
     check_floating(op, **{name: x})
-    check(x.dim() in (2, 3), op, name, "have shape [B, N, C] or [R, C]", tuple(x.shape))
-    return x if x.dim() == 2 else x.reshape(x.shape[0] * x.shape[1], x.shape[2])
+    shape = x.shape
+    if len(shape) == 2:
+        return x
+    if len(shape) != 3:
+        check(False, op, name, "have shape [B, N, C] or [R, C]", tuple(shape))
+    return x.reshape(shape[0] * shape[1], shape[2])
 
 
 def _indices(op, index, like):
@@ -182,41 +187,18 @@ def _indices(op, index, like):
 def _scatter_arguments(op, features, tokens, index, scale):
     rows = _rows(op, "features", features)
     indices = _indices(op, index, features)
-    check(
-        isinstance(tokens, Tensor) and tokens.is_floating_point(),
-        op,
-        "tokens",
-        "be a floating tensor",
-        getattr(tokens, "dtype", type(tokens)),
-        error=TypeError,
-    )
+    if not isinstance(tokens, Tensor) or not tokens.is_floating_point():
+        check(False, op, "tokens", "be a floating tensor", getattr(tokens, "dtype", type(tokens)), error=TypeError)
     tokens = tokens.to(features.dtype)  # autocast leaves half-precision branches beside a float32 residual stream
     check_floating(op, features=features, tokens=tokens)
-    check(
-        tokens.dim() == 2 and tokens.shape[1] == rows.shape[1],
-        op,
-        "tokens",
-        "have shape [T, {}]",
-        tuple(tokens.shape),
-        rows.shape[1],
-    )
-    check(
-        tokens.shape[0] == indices.shape[0],
-        op,
-        "tokens",
-        "have one row per index ({})",
-        tuple(tokens.shape),
-        indices.shape[0],
-    )
+    shape, count = tokens.shape, indices.shape[0]
+    if len(shape) != 2 or shape[1] != rows.shape[1]:
+        check(False, op, "tokens", "have shape [T, {}]", tuple(shape), rows.shape[1])
+    if shape[0] != count:
+        check(False, op, "tokens", "have one row per index ({})", tuple(shape), count)
     if scale is not None:
-        check(
-            tuple(scale.shape) == (tokens.shape[0],),
-            op,
-            "scale",
-            "have shape [{}]",
-            tuple(scale.shape),
-            tokens.shape[0],
-        )
+        if tuple(scale.shape) != (count,):
+            check(False, op, "scale", "have shape [{}]", tuple(scale.shape), count)
         check(scale.device == features.device, op, "scale", "be on {}", scale.device, features.device)
         scale = scale.to(stat_dtype(features.dtype))
     return rows, tokens, indices, scale
