@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What models share: the token state, the branches of a pre-norm block, and deformable attention."""
 
-from .block import AttentionBranch, BlockParts, BlockRecord, BlockRun, MlpBranch, gather_norm, run_block
+from .block import AttentionBranch, BlockParts, BlockRecord, BlockRun, MlpBranch, run_block
 from .deform import DeformInputs, MSDeformAttn, deform_inputs, grid_reference_points
 from .packed import PackedLinear, pack, unpack
 from .places import PairBias, Rotary
@@ -28,7 +28,6 @@ __all__ = [
     "Rotary",
     "TokenState",
     "deform_inputs",
-    "gather_norm",
     "grid_reference_points",
     "pack",
     "pad_rows",

@@ -203,31 +203,36 @@ class AttentionBranch:
         y, product = self.core(z, state, want)
         return self.scale(y, state), product
 
-    def add(self, x: Tensor, state: TokenState, want: str | None = None):
-        """``x`` plus the branch (and the by-product); norm, projection and residual in one pass each when packed."""
+    def add(self, x: Tensor, state: TokenState, want: str | None = None, rows: Tensor | None = None):
+        """``x`` plus the branch (and the by-product); norm, projection and residual in one pass each when packed.
+
+        With ``rows``, int32 ``[T]`` row numbers of ``x [R, C]``, the tokens are those rows: ``[T, C]``.
+        """
+        taken = x if rows is None else gather_tokens(x, rows)
         plain, gamma = plain_scale(self._layer_scale, self._drop_path)
         norm = plain_norm(self.norm)
         several = isinstance(self._qkv, tuple)
         parts = self._qkv if several else (self._qkv,)
         begins = norm is not None and all([fusible(part, x, norm[0], norm[1]) for part in parts])
         if begins and plain and fusible(self._proj, x, gamma) and self._gate is None and idle(self._proj_drop):
-            qkv = tuple([part.fused(x, norm=norm) for part in parts])
+            qkv = tuple([part.fused(x, norm=norm, index=rows) for part in parts])
             if self._as_projected and not several:
                 self._check_dropout()
-                rows = qkv[0].view(-1, 3, self.num_heads, self.head_dim).unbind(1)
-                mixed, product = self._attend(*rows, x.shape[:-1], state.sequences(x), state, want)
+                heads = qkv[0].view(-1, 3, self.num_heads, self.head_dim).unbind(1)
+                mixed, product = self._attend(*heads, taken.shape[:-1], state.sequences(taken), state, want)
             else:
                 mixed, product = self.mix(*self._heads(qkv if several else qkv[0], state), state, want)
             mixed = mixed if self._out_norm is None else self._out_norm(mixed)
             if self._proj.ready(mixed, gamma):
-                y = self._proj.fused(mixed, residual=x, scale=gamma)
+                y = self._proj.fused(mixed, residual=taken, scale=gamma)
             else:  # norms of heads, or biases, that are being trained
-                y = x + self.scale(self._proj(mixed), state)
+                y = taken + self.scale(self._proj(mixed), state)
             return y if want is None else (y, product)
+        z = self.norm(x) if rows is None else _gather_norm(self.norm, x, rows)
         if want is None:
-            return x + self(x, state)
-        y, product = self(x, state, want)
-        return x + y, product
+            return taken + self.scale(self.core(z, state), state)
+        y, product = self.core(z, state, want)
+        return taken + self.scale(y, state), product
 
 
 class MlpBranch:
@@ -362,7 +367,7 @@ def run_block(
     return run.original(x, state) if reducer is None else reducer.block(x, state, layer, run)
 
 
-def gather_norm(norm: Callable, x: Tensor, rows: Tensor) -> Tensor:
+def _gather_norm(norm: Callable, x: Tensor, rows: Tensor) -> Tensor:
     """``norm`` of the gathered rows, ``[T, C]``; one pass over the memory when ``norm`` is a plain LayerNorm."""
     plain = isinstance(norm, nn.LayerNorm) and type(norm).__name__ == "LayerNorm" and len(norm.normalized_shape) == 1
     if plain:

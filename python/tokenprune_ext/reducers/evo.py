@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..nn import TokenState, gather_norm, pad_rows, rank_patches, sequence_of_row
-from ..ops import Matching, TokenIndex, gather_tokens, merge_tokens, scatter_tokens, select_tokens
+from ..nn import TokenState, pad_rows, rank_patches, sequence_of_row
+from ..ops import Matching, TokenIndex, merge_tokens, scatter_tokens, select_tokens
 from ._base import Reducer, register
 
 __all__ = ["EvoViT"]
@@ -88,13 +88,7 @@ class EvoViT(Reducer):
 
     def attention(self, x: Tensor, state: TokenState, layer: int, branch) -> tuple[Tensor, TokenState]:
         """Attention with the residual, and the running class attention."""
-        rows = state.carry.get("rows")
-        if rows is None:
-            y, score = branch(x, state, want="cls")
-            x = x + y
-        else:
-            y, score = branch.core(gather_norm(branch.norm, x, rows), state, "cls")
-            x = gather_tokens(x, rows) + branch.scale(y, state)
+        x, score = branch.add(x, state, "cls", rows=state.carry.get("rows"))
         score = score if self.summary else score.detach()
         if "score" in state.carry:
             score = torch.lerp(state.carry["score"].to(score.dtype), score, self.tradeoff[layer])

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import TokenState, gather_norm, pad_rows, row_positions, sequence_of_row, unpad_rows
-from ..ops import TokenIndex, gather_tokens, scatter_tokens, select_tokens
+from ..nn import TokenState, pad_rows, row_positions, sequence_of_row, unpad_rows
+from ..ops import TokenIndex, scatter_tokens, select_tokens
 from ..ops._register import stat_dtype
 from ._base import Reducer, register
 from ._gates import draw_gumbel, gumbel_choice, straight_through
@@ -153,11 +153,7 @@ class ScoreSelect(Reducer):
 
     def attention(self, x: Tensor, state: TokenState, layer: int, branch) -> tuple[Tensor, TokenState]:
         """On the chosen rows of the feature map: fused gather and LayerNorm, then packed attention."""
-        rows = state.carry.get("rows")
-        if rows is None:
-            return super().attention(x, state, layer, branch)
-        y = branch.scale(branch.core(gather_norm(branch.norm, x, rows), state), state)
-        return gather_tokens(x, rows) + y, state
+        return branch.add(x, state, rows=state.carry.get("rows")), state
 
     def losses(self, state: TokenState) -> dict[str, Tensor]:
         """``ratio``: squared distance of the kept share from its target, averaged over the layers."""
