@@ -87,22 +87,29 @@ class AttentionBranch:
         """Whether attention weights are dropped now (while training), which only the model's own code does."""
         return self._attn_drop > 0
 
-    @property
-    def _as_projected(self):
-        """Whether queries and keys enter the attention as the projection gives them."""
-        return self._q_norm is None and self._k_norm is None and self._rotary is None and self._pair_bias is None
+    def start(self, x: Tensor, state: TokenState, rows: Tensor | None = None) -> tuple:
+        """Norm and projection of tokens ``x``: queries, keys, values, each ``[..., H, D]``, and what :meth:`finish` wants.
+
+        With ``rows``, int32 ``[T]`` row numbers of ``x [R, C]``, the tokens are those rows.
+        """
+        norm, parts = plain_norm(self.norm), self._parts()
+        if norm is not None and self._gate is None and all([fusible(part, x, norm[0], norm[1]) for part in parts]):
+            return *self._heads([part.fused(x, norm=norm, index=rows) for part in parts], state), None
+        z = self.norm(x) if rows is None else _gather_norm(self.norm, x, rows)
+        return *self.qkv(z, state), z
 
     def qkv(self, z: Tensor, state: TokenState) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised tokens ``[..., C]`` -> queries, keys, values, each ``[..., H, D]`` (rotated, where the model does)."""
-        return self._heads(
-            tuple(part(z) for part in self._qkv) if isinstance(self._qkv, tuple) else self._qkv(z), state
-        )
+        return self._heads([part(z) for part in self._parts()], state)
 
-    def _heads(self, qkv, state):
-        if isinstance(qkv, tuple):
-            q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv)
+    def _parts(self):
+        return self._qkv if isinstance(self._qkv, tuple) else (self._qkv,)
+
+    def _heads(self, parts, state):
+        if len(parts) == 3:
+            q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         else:
-            q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+            q, k, v = parts[0].unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
         # A norm computes in float32 under autocast; attention takes one dtype.
         q = q if self._q_norm is None else self._q_norm(q).to(v.dtype)
         k = k if self._k_norm is None else self._k_norm(k).to(v.dtype)
@@ -140,12 +147,8 @@ class AttentionBranch:
         if self._pair_bias is not None:
             return biased_attention(q, k, v, self._pair_bias, state, self.logit_scale, want)
         lead = q.shape[:-2]
-        flat = (t.reshape(-1, self.num_heads, self.head_dim) for t in (q, k, v))
-        return self._attend(*flat, lead, state.sequences(q), state, want)
-
-    def _attend(self, q, k, v, lead, sequences, state, want):
-        """Attention of rows ``[T, H, D]`` that are tokens ``[*lead]``: ``([*lead, H * D], by-product)``."""
-        cu_seqlens, max_seqlen = sequences
+        cu_seqlens, max_seqlen = state.sequences(q)
+        q, k, v = (t.reshape(-1, self.num_heads, self.head_dim) for t in (q, k, v))
         bias = None if state.key_bias is None else state.key_bias.reshape(-1)
         ragged = {
             "cu_seqlens_q": cu_seqlens,
@@ -179,6 +182,15 @@ class AttentionBranch:
         y = self._proj(mixed)
         return y if self._proj_drop is None else self._proj_drop(y)
 
+    def finish(self, x: Tensor, mixed: Tensor, z: Tensor | None, state: TokenState) -> Tensor:
+        """``x`` plus the branch, from the mixed values and what :meth:`start` gave; one pass when packed."""
+        plain, gamma = plain_scale(self._layer_scale, self._drop_path)
+        if self.is_packed and plain and self._gate is None and idle(self._proj_drop):
+            inner = mixed if self._out_norm is None else self._out_norm(mixed)
+            if fusible(self._proj, inner, gamma, x):
+                return self._proj.fused(inner, residual=x, scale=gamma)
+        return x + self.scale(self.out(mixed, z), state)
+
     def core(self, z: Tensor, state: TokenState, want: str | None = None):
         """Normalised tokens -> attention output (and the by-product, when one is wanted)."""
         mixed, product = self.mix(*self.qkv(z, state), state, want)
@@ -206,33 +218,12 @@ class AttentionBranch:
     def add(self, x: Tensor, state: TokenState, want: str | None = None, rows: Tensor | None = None):
         """``x`` plus the branch (and the by-product); norm, projection and residual in one pass each when packed.
 
-        With ``rows``, int32 ``[T]`` row numbers of ``x [R, C]``, the tokens are those rows: ``[T, C]``.
+        With ``rows``, int32 ``[T]`` row numbers of ``x [R, C]``, of those rows alone: ``[T, C]``.
         """
-        taken = x if rows is None else gather_tokens(x, rows)
-        plain, gamma = plain_scale(self._layer_scale, self._drop_path)
-        norm = plain_norm(self.norm)
-        several = isinstance(self._qkv, tuple)
-        parts = self._qkv if several else (self._qkv,)
-        begins = norm is not None and all([fusible(part, x, norm[0], norm[1]) for part in parts])
-        if begins and plain and fusible(self._proj, x, gamma) and self._gate is None and idle(self._proj_drop):
-            qkv = tuple([part.fused(x, norm=norm, index=rows) for part in parts])
-            if self._as_projected and not several:
-                self._check_dropout()
-                heads = qkv[0].view(-1, 3, self.num_heads, self.head_dim).unbind(1)
-                mixed, product = self._attend(*heads, taken.shape[:-1], state.sequences(taken), state, want)
-            else:
-                mixed, product = self.mix(*self._heads(qkv if several else qkv[0], state), state, want)
-            mixed = mixed if self._out_norm is None else self._out_norm(mixed)
-            if self._proj.ready(mixed, gamma):
-                y = self._proj.fused(mixed, residual=taken, scale=gamma)
-            else:  # norms of heads, or biases, that are being trained
-                y = taken + self.scale(self._proj(mixed), state)
-            return y if want is None else (y, product)
-        z = self.norm(x) if rows is None else _gather_norm(self.norm, x, rows)
-        if want is None:
-            return taken + self.scale(self.core(z, state), state)
-        y, product = self.core(z, state, want)
-        return taken + self.scale(y, state), product
+        *heads, z = self.start(x, state, rows)
+        mixed, product = self.mix(*heads, state, want)
+        y = self.finish(x if rows is None else gather_tokens(x, rows), mixed, z, state)
+        return y if want is None else (y, product)
 
 
 class MlpBranch:

@@ -106,9 +106,9 @@ class StagedPruning(Reducer):
         policy = state.carry.get("policy")
         if policy is None:
             return super().attention(x, state, layer, branch)
-        z = branch.norm(x)
-        mixed = branch.mix_policy(*branch.qkv(z, state), state, policy, self.eps if self.training else 0.0)
-        return x + branch.scale(branch.out(mixed, z), state), state
+        *heads, z = branch.start(x, state)
+        mixed = branch.mix_policy(*heads, state, policy, self.eps if self.training else 0.0)
+        return branch.finish(x, mixed, z, state), state
 
     def pool(self, x: Tensor, state: TokenState) -> Tensor:
         """The prefix tokens ``[B, P, C]`` alone: what the dropped tokens hold means nothing.

@@ -331,17 +331,16 @@ class ACT(Reducer):
         if layer not in self.layers:
             return super().attention(x, state, layer, branch)
         branch.check_own_attention()
-        z = branch.norm(x)
-        like, k, v = branch.qkv(z, state)
+        like, k, v, z = branch.start(x, state)
         valid, bias = real_tokens(like, state), head_bias(like, state)
         q, k, v = (head_rows(t, state) for t in (like * branch.logit_scale, k, v))
         groups = {name: self._group(t, name, layer, state, valid) for name, t in (("q", q), ("k", k))}
         mixed = act_attention(q, k, v, groups["q"], groups["k"], q_valid=valid, k_valid=valid, key_bias=bias)
-        y = branch.scale(branch.out(token_rows(mixed, state, like), z), state)
+        y = branch.finish(x, token_rows(mixed, state, like), z, state)
         heads = like.shape[-2]
         found = {f"act.{name}_groups.{layer}": g.ids for name, g in groups.items() if g is not None}
         found = {name: ids.unflatten(0, (ids.shape[0] // heads, heads)) for name, ids in found.items()}
-        return x + y, state.with_carry(**found)
+        return y, state.with_carry(**found)
 
     def plan(self, depth: int, n: int) -> list[tuple[int, int]]:
         """All tokens pass everywhere; only the attention is cheaper."""
