@@ -24,21 +24,21 @@ int64_t units_of(int64_t k) {
 
 // ---- activations
 
-// gelu(x) = x Phi(x); Phi from erfc(z) = t p(t) exp(-z^2) with t = 1 / (1 + 0.4 z), relative error 1.3e-7.
+// gelu(x) = x Phi(x), Phi(x) = 1/2 + x p(x^2) / q(x^2): the best quotient (1.4e-8) for |x| <= 5.5, beyond which Phi is
+// 0 or 1. As exact as 1 + erf(x / sqrt(2)) in float32, at a quarter of the instructions.
 inline Vec<float> gelu(Vec<float> x) {
-  const Vec<float> z = (x < Vec<float>{} ? -x : x) * 0.70710678f;
-  const Vec<float> t = 1.0f / (1.0f + 0.4f * z);
-  Vec<float> p = splat(2.513106518e-2f);
-  p = p * t - 9.145074253e-2f;
-  p = p * t + 8.454272881e-2f;
-  p = p * t - 2.803777029e-3f;
-  p = p * t + 7.071572020e-2f;
-  p = p * t + 8.427098849e-2f;
-  p = p * t + 1.039213493e-1f;
-  p = p * t + 1.128347992e-1f;
-  p = p * t + 1.128379310e-1f;
-  const Vec<float> tail = p * t * exp2v(z * z * static_cast<float>(-kLog2E));
-  return x * (x < Vec<float>{} ? tail : 1.0f - tail);
+  constexpr float kEnd = 5.5f;
+  Vec<float> z = x < splat(-kEnd) ? splat(-kEnd) : x;  // this order keeps NaN
+  z = z > splat(kEnd) ? splat(kEnd) : z;
+  const Vec<float> t = z * z;
+  Vec<float> p = splat(2.27493135e-8f), q = splat(1.19750041e-6f);
+  p = p * t + 6.35209017e-6f, q = q * t + 7.36471266e-5f;
+  p = p * t + 1.68824889e-4f, q = q * t + 1.88444078e-3f;
+  p = p * t + 4.67725610e-3f, q = q * t + 2.86458377e-2f;
+  p = p * t + 3.38525921e-2f, q = q * t + 2.51521796e-1f;
+  p = p * t + 3.98942232e-1f, q = q * t + 1.0f;
+  const Vec<float> phi = z * p / q + 0.5f;
+  return x * (x < splat(-kEnd) ? Vec<float>{} : phi);
 }
 inline Vec<double> gelu(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] *= 0.5 * __builtin_erfc(-x[i] * 0.70710678118654752440);
@@ -52,14 +52,12 @@ Vec<C> times_sigmoid(Vec<C> x, Vec<C> u) {  // x / (1 + exp(-u)) without overflo
   return x * (u < Vec<C>{} ? e * s : s);
 }
 
-template <typename C>
-Vec<C> activate(Vec<C> x, int64_t act) {
-  switch (act) {
-    case kGelu: return gelu(x);
-    case kGeluTanh: return times_sigmoid<C>(x, C(1.5957691216057307) * (x + C(0.044715) * x * x * x));
-    case kQuickGelu: return times_sigmoid<C>(x, C(1.702) * x);
-    default: return x;
-  }
+template <int64_t Act, typename C>
+Vec<C> activate(Vec<C> x) {
+  if constexpr (Act == kGelu) return gelu(x);
+  if constexpr (Act == kGeluTanh) return times_sigmoid<C>(x, C(1.5957691216057307) * (x + C(0.044715) * x * x * x));
+  if constexpr (Act == kQuickGelu) return times_sigmoid<C>(x, C(1.702) * x);
+  return x;
 }
 
 // ---- input rows
@@ -100,8 +98,8 @@ void pack_input(const PackedLinearParams& p, int64_t begin, int64_t n, int64_t s
 // ---- results
 
 // Finish `n` rows of columns [j, j + width) from the block c (row stride kPanel).
-template <typename T>
-void finish(const PackedLinearParams& p, int64_t row, int64_t n, int64_t j, int64_t width, const Compute<T>* c) {
+template <typename T, int64_t Act>
+void finish_as(const PackedLinearParams& p, int64_t row, int64_t n, int64_t j, int64_t width, const Compute<T>* c) {
   using C = Compute<T>;
   constexpr int w = kLanes<C>;
   const T* bias = static_cast<const T*>(p.bias);
@@ -115,7 +113,7 @@ void finish(const PackedLinearParams& p, int64_t row, int64_t n, int64_t j, int6
     for (; d + w <= width; d += w) {
       Vec<C> v = load(from + d);
       if (bias != nullptr) v += load_wide(bias + j + d);
-      v = activate<C>(v, p.act);
+      v = activate<Act, C>(v);
       if (scale != nullptr) v *= load_wide(scale + j + d);
       if (residual != nullptr) v += load_wide(residual + d);
       store_narrow<T>(y + d, v);
@@ -125,13 +123,23 @@ void finish(const PackedLinearParams& p, int64_t row, int64_t n, int64_t j, int6
     for (int64_t l = 0; d + l < width; ++l) {
       tail[l] = from[d + l] + (bias == nullptr ? C(0) : C(to_float(bias[j + d + l])));
     }
-    store(tail, activate<C>(load(tail), p.act));
+    store(tail, activate<Act, C>(load(tail)));
     for (int64_t l = 0; d + l < width; ++l) {
       C v = tail[l];
       if (scale != nullptr) v *= to_float(scale[j + d + l]);
       if (residual != nullptr) v += to_float(residual[d + l]);
       y[d + l] = from_float<T, C>(v);
     }
+  }
+}
+
+template <typename T>
+void finish(const PackedLinearParams& p, int64_t row, int64_t n, int64_t j, int64_t width, const Compute<T>* c) {
+  switch (p.act) {
+    case kGelu: return finish_as<T, kGelu>(p, row, n, j, width, c);
+    case kGeluTanh: return finish_as<T, kGeluTanh>(p, row, n, j, width, c);
+    case kQuickGelu: return finish_as<T, kQuickGelu>(p, row, n, j, width, c);
+    default: return finish_as<T, kNoActivation>(p, row, n, j, width, c);
   }
 }
 
