@@ -19,7 +19,7 @@ RowView<T> head_rows(const Rows& r, int64_t head, int64_t first, const int32_t* 
 // Turns products into logits of the log2 domain, s * factor + bias, and keeps their lane-wise maximum per row, while
 // the products are in registers: two passes less over the strip. Columns are padded with bias -inf.
 template <typename C>
-struct Logits {
+struct Logits : StoreOnly {
   C factor;
   const C* bias;  // of the block's first column
   mutable Vec<C> best[kStrip];
@@ -28,7 +28,7 @@ struct Logits {
     for (int64_t r = 0; r < rows; ++r) best[r] = splat<C>(kNegInf<C>);
   }
   template <int V, typename Acc>
-  void row(int64_t r, int64_t column, Vec<Acc>* s) const {
+  void row(int64_t r, int64_t, int64_t column, Vec<Acc>* s) const {
     Vec<C> top = best[r];
     TP_UNROLL for (int v = 0; v < V; ++v) {
       s[v] = s[v] * factor + load(bias + column + v * kLanes<C>);
