@@ -5,7 +5,7 @@
 // products of pairs where the CPU has them (K paired along the channels, V and P along the keys), float32 otherwise.
 #pragma once
 
-#include "strips.h"
+#include "online_softmax.h"
 
 namespace tokenprune {
 inline namespace TOKENPRUNE_ISA {
@@ -13,24 +13,22 @@ inline namespace TOKENPRUNE_ISA {
 template <typename T>
 struct ForwardPlan {
   using U = typename Packed<T>::type;
-  using C = Compute<T>;
   static constexpr int64_t kPer = kUsesPairs<T> ? 2 : 1;  // values per unit
+  static constexpr int64_t kPanel = kTileVecs * kLanes<U>;
   int64_t dim_units, width, block, stride;
   explicit ForwardPlan(int64_t dim, int64_t keys) {
     dim_units = ceil_div(dim, kPer);
     width = round_up(dim, kLanes<U>);
     const int64_t blocks = ceil_div(keys > 0 ? keys : 1, kKeyBlock);
-    block = round_up(ceil_div(keys > 0 ? keys : 1, blocks), kTileVecs * kLanes<U>);
-    stride = block + kLanes<U>;  // no power of two: rows must not compete for the same cache sets
+    block = round_up(ceil_div(keys > 0 ? keys : 1, blocks), kPanel);
+    stride = block + kPer * kLanes<U>;  // whole lines, but no power of two: rows must not compete for cache sets
   }
 };
 
 inline int64_t forward_scratch_bytes(const AttentionParams& p) {
   const int64_t keys = p.max_k + 2 * 64, width = round_up(p.dim, 16) + 16;
   const int64_t wide = 8;  // bytes of the widest compute type
-  return wide *
-             (2 * keys * width + keys * width / 2 + 2 * kStrip * (kKeyBlock + 128) + keys + kStrip * (2 * width + 8)) +
-         4096;
+  return wide * (2 * keys * width + 2 * keys + kStrip * (kKeyBlock + 128) + kStrip * (4 * width + 64)) + 4096;
 }
 
 // v rows -> [keys / kPer, width] units.
@@ -55,61 +53,113 @@ void pack_values(const RowView<T>& v, int64_t n, int64_t dim, int64_t width, typ
   }
 }
 
+// Asks for a row (null: none). Always inlined: GCC drops calls of functions that do nothing but prefetch.
+template <bool Write = false, typename T>
+__attribute__((always_inline)) inline void prefetch_row(const T* row, int64_t dim) {
+  if (row == nullptr) return;
+  for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) __builtin_prefetch(row + d, Write, 2);
+}
+
 template <typename T>
-struct ForwardStrip {
+struct ForwardHead {
   using U = typename Packed<T>::type;
   using C = Compute<T>;
+  using Plan = ForwardPlan<T>;
   const AttentionParams& p;
-  const ForwardPlan<T>& plan;
-  const U *keys, *values;
-  const C* bias;
-  U* queries;
-  C *scores, *out, *row_max, *row_sum;
-  BFloat16* rounded;  // P as bfloat16 pairs
+  const Span span;
+  const Plan plan;
+  const RowView<T> q, k, v;
+  U *keys, *values, *queries, *staged;
+  C *bias, *cls;  // per key; cls: logits of the first query
+  OnlineSoftmax<T> softmax;
 
-  // One key block of `n` keys starting at `begin` (a multiple of the panel width).
-  void step(int64_t rows, int64_t begin, int64_t n, C factor, C* cls_row) {
-    const int64_t padded = round_up(n, kLanes<U>), ld = plan.stride;
-    const Logits<C> logits(factor, bias + begin, rows);
-    Gemm<U>::panels(queries, plan.dim_units, keys + begin * plan.dim_units, scores, ld, rows, padded, plan.dim_units,
-                    logits);
-    for (int64_t r = 0; r < rows; ++r) {
-      C* s = scores + r * ld;
-      const C best = logits.max(r);
-      if (r == 0 && cls_row != nullptr) {
-        for (int64_t j = 0; j < n; ++j) cls_row[begin + j] = s[j];
-      }
-      const C top = best > row_max[r] ? best : row_max[r];
-      const C shift = top == kNegInf<C> ? C(0) : top;
-      const C keep = begin == 0 ? C(0) : exp2s(row_max[r] - shift);
-      C sum;
-      if constexpr (kUsesPairs<T>) {
-        sum = exp_and_sum(s, shift, padded, rounded + r * ld);
-      } else {
-        sum = exp_and_sum(s, shift, padded, s);
-      }
-      row_sum[r] = row_sum[r] * keep + sum;
-      row_max[r] = top;
-      if (begin > 0) {
-        C* o = out + r * plan.width;
-        for (int64_t d = 0; d < plan.width; ++d) o[d] *= keep;
-      }
+  // K and V of one panel.
+  void pack(int64_t j) const {
+    const int64_t n = span.nk - j < Plan::kPanel ? span.nk - j : Plan::kPanel;
+    U* to = keys + j * plan.dim_units;
+    if constexpr (sizeof(T) == sizeof(U)) {
+      pack_columns<U>([&](int64_t i) { return reinterpret_cast<const U*>(k(j + i)); }, n, plan.dim_units, to);
+    } else {
+      pack_units<T>(k, j, n, p.dim, plan.dim_units, staged);
+      pack_columns<U>([&](int64_t i) { return staged + i * plan.dim_units; }, n, plan.dim_units, to);
     }
-    const int64_t units = ceil_div(n, ForwardPlan<T>::kPer);
-    const U* weights = kUsesPairs<T> ? reinterpret_cast<const U*>(rounded) : reinterpret_cast<const U*>(scores);
-    Gemm<U>::rows(weights, ld / ForwardPlan<T>::kPer, 1, values + begin / ForwardPlan<T>::kPer * plan.width, plan.width,
-                  out, plan.width, rows, plan.width, units, begin > 0);
+    RowView<T> rest = v;
+    rest.first += j;
+    pack_values<T>(rest, n, p.dim, plan.width, values + j / Plan::kPer * plan.width);
+  }
+  // Rows of K and V are far apart in memory. Those of the next panel are asked for tile by tile while one is
+  // multiplied.
+  __attribute__((always_inline)) void prefetch_keys(int64_t panel, int64_t tile, int64_t tiles) const {
+    const int64_t begin = panel + Plan::kPanel * tile / tiles, end = panel + Plan::kPanel * (tile + 1) / tiles;
+    for (int64_t j = begin; j < end && j < span.nk; ++j) prefetch_row(k(j), p.dim), prefetch_row(v(j), p.dim);
+  }
+  // The rows that come after the last product: outputs of this strip, queries of the next.
+  __attribute__((always_inline)) void prefetch_queries(int64_t begin, int64_t rows) const {
+    for (int64_t i = begin; i < begin + rows; ++i) {
+      prefetch_row<true>(output(i), p.dim);
+      if (i + kStrip < span.nq) prefetch_row(q(i + kStrip), p.dim);
+    }
   }
 
-  void finish(const Span& span, int64_t q, int64_t rows) {
-    C* lse = static_cast<C*>(p.lse) + span.head * p.total_q + span.q0 + q;
-    for (int64_t r = 0; r < rows; ++r) {
-      T* to = static_cast<T*>(p.o) + ((span.q0 + q + r) * p.heads + span.head) * p.dim;
-      const C sum = row_sum[r];
-      narrow<T>(out + r * plan.width, to, p.dim, sum > 0 ? C(1) / sum : C(0));
-      lse[r] = sum > 0 ? (row_max[r] + log2s(sum)) * C(kLn2) : sum == 0 ? kNegInf<C> : sum;
-      if (sum != sum) narrow<T>(out + r * plan.width, to, p.dim, sum);  // NaN in, NaN out
+  T* output(int64_t i) const { return static_cast<T*>(p.o) + ((span.q0 + i) * p.heads + span.head) * p.dim; }
+
+  // Weights of the strip for `n` keys from `begin` on; the first strip of an item also packs them.
+  void weigh(int64_t rows, int64_t begin, int64_t n, bool packs) const {
+    const int64_t padded = round_up(n, kLanes<U>), tiles = ceil_div(rows, kTileRows);
+    for (int64_t j = 0; j < padded; j += Plan::kPanel) {
+      const int64_t panel = begin + j, columns = padded - j < Plan::kPanel ? padded - j : Plan::kPanel;
+      if (packs) pack(panel);
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t r = t * kTileRows, count = rows - r < kTileRows ? rows - r : kTileRows;
+        if (packs) prefetch_keys(panel + Plan::kPanel, t, tiles);
+        Gemm<U>::panels(queries + r * plan.dim_units, plan.dim_units, keys + panel * plan.dim_units, nullptr, 0, count,
+                        columns, plan.dim_units, softmax, r, j);
+      }
     }
+    softmax.flush();
+  }
+  // out (+)= weights x values.
+  void sum_values(int64_t strip, int64_t rows, int64_t begin, int64_t n) const {
+    for (int64_t r = 0; r < rows; r += kTileRows) {
+      const int64_t count = rows - r < kTileRows ? rows - r : kTileRows;
+      if (begin + n == span.nk) prefetch_queries(strip + r, count);
+      Gemm<U>::rows(reinterpret_cast<const U*>(softmax.weights + r * plan.stride), plan.stride / Plan::kPer, 1,
+                    values + begin / Plan::kPer * plan.width, plan.width, softmax.out + r * plan.width, plan.width,
+                    count, plan.width, ceil_div(n, Plan::kPer), begin > 0);
+    }
+  }
+
+  void finish(int64_t strip, int64_t rows) const {
+    C* lse = static_cast<C*>(p.lse) + span.head * p.total_q + span.q0 + strip;
+    for (int64_t r = 0; r < rows; ++r) {
+      const C* out = softmax.out + r * plan.width;
+      const C sum = softmax.sum(r);
+      narrow<T>(out, output(strip + r), p.dim, sum > 0 ? C(1) / softmax.rounded_sum(r) : C(0));
+      lse[r] = sum > 0 ? (softmax.shift[r] + log2s(sum)) * C(kLn2) : sum == 0 ? kNegInf<C> : sum;
+      if (sum != sum) narrow<T>(out, output(strip + r), p.dim, sum);  // NaN in, NaN out
+    }
+  }
+  void finish_cls() const {
+    C* to = static_cast<C*>(p.cls) + span.head * p.total_k + span.k0;
+    const C sum = softmax.sum(0), shift = sum == 0 ? C(0) : softmax.shift[0] + log2s(sum);
+    for (int64_t j = 0; j < span.nk; j += kLanes<C>) store(cls + j, exp2v(load(cls + j) - shift));
+    __builtin_memcpy(to, cls, span.nk * sizeof(C));
+  }
+
+  void run(int64_t strip, bool packs) {
+    const int64_t rows = span.nq - strip < kStrip ? span.nq - strip : kStrip;
+    const bool with_cls = strip == 0 && p.cls != nullptr;
+    pack_units<T>(q, strip, rows, p.dim, plan.dim_units, queries);
+    softmax.start(rows);
+    if (span.nk == 0) __builtin_memset(softmax.out, 0, rows * plan.width * sizeof(C));
+    for (int64_t begin = 0; begin < span.nk; begin += plan.block) {
+      const int64_t n = span.nk - begin < plan.block ? span.nk - begin : plan.block;
+      softmax.bias = bias + begin, softmax.cls = with_cls ? cls + begin : nullptr, softmax.first = begin == 0;
+      weigh(rows, begin, n, packs);
+      sum_values(strip, rows, begin, n);
+    }
+    finish(strip, rows);
+    if (with_cls) finish_cls();
   }
 };
 
@@ -117,57 +167,42 @@ template <typename T>
 void forward_item(const AttentionParams& p, int64_t item, int64_t chunks, char* scratch) {
   using U = typename Packed<T>::type;
   using C = Compute<T>;
+  using Plan = ForwardPlan<T>;
   const Span span = span_of(p, item / chunks);
   const int64_t strips = ceil_div(span.nq, kStrip), chunk = item % chunks;
   const int64_t first = strips * chunk / chunks, last = strips * (chunk + 1) / chunks;
   if (first == last) return;
-  const ForwardPlan<T> plan(p.dim, span.nk);
+  const Plan plan(p.dim, span.nk);
   const int64_t padded = round_up(span.nk, kLanes<U>);
   Arena arena{scratch};
   U* keys = arena.take<U>(padded * plan.dim_units);
-  U* values = arena.take<U>((ceil_div(span.nk, ForwardPlan<T>::kPer) + 1) * plan.width);
-  C* bias = arena.take<C>(padded);
+  U* values = arena.take<U>((ceil_div(span.nk, Plan::kPer) + 1) * plan.width);
   U* queries = arena.take<U>(kStrip * plan.dim_units);
-  C* scores = arena.take<C>(kStrip * plan.stride);
+  U* staged = arena.take<U>(sizeof(T) == sizeof(U) ? 0 : Plan::kPanel * plan.dim_units);
+  C* bias = arena.take<C>(padded);
+  C* cls = arena.take<C>(padded);
+  auto* weights = arena.take<typename WeightOf<T>::type>(kStrip * plan.stride);
   C* out = arena.take<C>(kStrip * plan.width);
   C* stats = arena.take<C>(2 * kStrip);
-  BFloat16* rounded = arena.take<BFloat16>(kUsesPairs<T> ? kStrip * plan.stride : 0);
-
-  const RowView<T> k = head_rows<T>(p.k, span.head, span.k0, p.k_index);
-  // Stage rows as units in the scores array, panel by panel, then transpose.
-  const int64_t panel = kTileVecs * kLanes<U>;
-  for (int64_t j = 0; j < span.nk; j += panel) {
-    const int64_t n = span.nk - j < panel ? span.nk - j : panel;
-    U* to = keys + j * plan.dim_units;
-    if constexpr (sizeof(T) == sizeof(U)) {
-      pack_columns<U>([&](int64_t i) { return reinterpret_cast<const U*>(k(j + i)); }, n, plan.dim_units, to);
-    } else {
-      U* staged = values;  // free until the values are packed
-      pack_units<T>(k, j, n, p.dim, plan.dim_units, staged);
-      pack_columns<U>([&](int64_t i) { return staged + i * plan.dim_units; }, n, plan.dim_units, to);
-    }
-  }
-  pack_values<T>(head_rows<T>(p.v, span.head, span.k0, p.k_index), span.nk, p.dim, plan.width, values);
+  C* queue = arena.take<C>(kTileRows * kTileVecs * kLanes<C>);
+  auto* sums = arena.take<Vec<C>>(kStrip);
+  auto* rounded_sums = kUsesPairs<T> ? arena.take<Vec<C>>(kStrip) : sums;
   fill_bias<C>(p, span.k0, span.nk, padded, bias);
-
-  ForwardStrip<T> strip{p, plan, keys, values, bias, queries, scores, out, stats, stats + kStrip, rounded};
-  const RowView<T> q = head_rows<T>(p.q, span.head, span.q0, p.q_index);
-  const C factor = static_cast<C>(p.scale * kLog2E);
-  C* cls = p.cls == nullptr ? nullptr : static_cast<C*>(p.cls) + span.head * p.total_k + span.k0;
-  for (int64_t s = first; s < last; ++s) {
-    const int64_t begin = s * kStrip, rows = span.nq - begin < kStrip ? span.nq - begin : kStrip;
-    pack_units<T>(q, begin, rows, p.dim, plan.dim_units, queries);
-    for (int64_t r = 0; r < rows; ++r) stats[r] = kNegInf<C>, stats[kStrip + r] = 0;
-    if (span.nk == 0) __builtin_memset(out, 0, rows * plan.width * sizeof(C));
-    for (int64_t j = 0; j < span.nk; j += plan.block) {
-      strip.step(rows, j, span.nk - j < plan.block ? span.nk - j : plan.block, factor, s == 0 ? cls : nullptr);
-    }
-    strip.finish(span, begin, rows);
-    if (s == 0 && cls != nullptr) {
-      const C sum = stats[kStrip], shift = sum > 0 ? stats[0] + log2s(sum) : C(0);
-      for (int64_t j = 0; j < span.nk; ++j) cls[j] = sum == 0 ? C(0) : exp2s(cls[j] - shift);
-    }
-  }
+  ForwardHead<T> head{p,
+                      span,
+                      plan,
+                      head_rows<T>(p.q, span.head, span.q0, p.q_index),
+                      head_rows<T>(p.k, span.head, span.k0, p.k_index),
+                      head_rows<T>(p.v, span.head, span.k0, p.k_index),
+                      keys,
+                      values,
+                      queries,
+                      staged,
+                      bias,
+                      cls,
+                      {static_cast<C>(p.scale * kLog2E), plan.stride, plan.width, weights, out, stats, stats + kStrip,
+                       sums, rounded_sums, queue}};
+  for (int64_t s = first; s < last; ++s) head.run(s * kStrip, s == first);
 }
 
 }  // namespace TOKENPRUNE_ISA

@@ -28,7 +28,7 @@ struct Logits : StoreOnly {
     for (int64_t r = 0; r < rows; ++r) best[r] = splat<C>(kNegInf<C>);
   }
   template <int V, typename Acc>
-  void row(int64_t r, int64_t column, Vec<Acc>* s) const {
+  void row(int64_t r, int64_t, int64_t column, Vec<Acc>* s) const {
     Vec<C> top = best[r];
     TP_UNROLL for (int v = 0; v < V; ++v) {
       s[v] = s[v] * factor + load(bias + column + v * kLanes<C>);

@@ -25,17 +25,25 @@ struct Dot<uint32_t> {
     const __m512i pair = _mm512_set1_epi32(static_cast<int>(a));
     return (Vec<float>)_mm512_dpbf16_ps((__m512)acc, (__m512bh)pair, (__m512bh)b);
   }
+  static inline Vec<uint32_t> round(Vec<float> first, Vec<float> second) {
+    return (Vec<uint32_t>)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+  }
 };
 #else
 constexpr bool kHasBFloat16Dot = false;
 #endif
 
-// What happens beside the product: nothing at a step along k, nothing to a row of finished accumulators before it is
-// stored.
+// What happens beside the product of a tile: nothing at a step along k, nothing to the accumulators before they are stored.
 struct StoreOnly {
+  static constexpr bool kStore = true;
   void step(int64_t) const {}
   template <int V, typename Acc>
-  void row(int64_t, int64_t, Vec<Acc>*) const {}
+  void row(int64_t, int64_t, int64_t, Vec<Acc>*) const {}  // row of C and of the tile, column
+  template <int R, int V>
+  void end(int64_t, int64_t) const {}  // first row and column of the tile
+  // Pieces of work left by the tile before, spread over the steps of the next: the core does both at once.
+  static constexpr int64_t queued = 0;
+  void work(int64_t) const {}
 };
 
 template <typename Unit>
@@ -43,13 +51,13 @@ struct Gemm {
   using Acc = typename Dot<Unit>::Acc;
   static constexpr int kW = kLanes<Unit>;
 
-  // `last` sees every row while it is in registers: last.row<V>(row of the tile's first + r, column, accumulators).
+  // C is a block of what `last` knows (see StoreOnly), at (row, column).
   template <int R, int V, typename Last = StoreOnly>
   static void tile(const Unit* a, int64_t a_row, int64_t a_k, const Unit* b, int64_t ldb, Acc* c, int64_t ldc,
                    int64_t k, bool accumulate, const Last& last, int64_t row, int64_t column) {
     Vec<Acc> acc[R][V];
     TP_UNROLL for (int r = 0; r < R; ++r) { TP_UNROLL for (int v = 0; v < V; ++v) acc[r][v] = Vec<Acc>{}; }
-    for (int64_t i = 0; i < k; ++i) {
+    const auto step = [&](int64_t i) __attribute__((always_inline)) {
       last.step(i);
       Vec<Unit> row[V];
       TP_UNROLL for (int v = 0; v < V; ++v) row[v] = load(b + i * ldb + v * kW);
@@ -57,15 +65,27 @@ struct Gemm {
         const Unit x = a[r * a_row + i * a_k];
         TP_UNROLL for (int v = 0; v < V; ++v) acc[r][v] = Dot<Unit>::step(acc[r][v], x, row[v]);
       }
+    };
+    int64_t i = 0;
+    if (const int64_t pieces = last.queued; pieces > 0) {
+      const int64_t spacing = k / pieces;
+      for (int64_t piece = 0; piece < pieces; ++piece) {
+        for (const int64_t end = i + spacing; i < end; ++i) step(i);
+        last.work(piece);
+      }
     }
+    for (; i < k; ++i) step(i);
     TP_UNROLL for (int r = 0; r < R; ++r) {
       // Added at the end: a sum of partial sums loses fewer digits than one long sum.
       TP_UNROLL for (int v = 0; v < V; ++v) {
         if (accumulate) acc[r][v] += load(c + r * ldc + v * kW);
       }
-      last.template row<V, Acc>(row + r, column, acc[r]);
-      TP_UNROLL for (int v = 0; v < V; ++v) store(c + r * ldc + v * kW, acc[r][v]);
+      last.template row<V, Acc>(row + r, r, column, acc[r]);
+      if constexpr (Last::kStore) {
+        TP_UNROLL for (int v = 0; v < V; ++v) store(c + r * ldc + v * kW, acc[r][v]);
+      }
     }
+    last.template end<R, V>(row, column);
   }
 
   template <typename Last>
@@ -99,38 +119,35 @@ struct Gemm {
     }
   }
 
-  // B in column panels of kTileVecs vectors (the last one narrower), each contiguous [k, width]; see pack_columns.
+  // B in column panels of kTileVecs vectors (the last one narrower), each contiguous [k, width]; see pack_columns. C is
+  // at (row, column) of what `last` knows.
   template <typename Last = StoreOnly>
   static void panels(const Unit* a, int64_t a_row, const Unit* b, Acc* c, int64_t ldc, int64_t m, int64_t n, int64_t k,
-                     const Last& last = {}) {
+                     const Last& last = {}, int64_t row = 0, int64_t column = 0) {
     for (int64_t j = 0; j < n; j += kTileVecs * kW) {
       const int64_t width = n - j < kTileVecs * kW ? n - j : kTileVecs * kW;
       for (int64_t i = 0; i < m; i += kTileRows) {
         const int64_t r = m - i < kTileRows ? m - i : kTileRows;
-        pick<Last>(r, width / kW)(a + i * a_row, a_row, 1, b + j * k, width, c + i * ldc + j, ldc, k, false, last, i,
-                                  j);
+        pick<Last>(r, width / kW)(a + i * a_row, a_row, 1, b + j * k, width, c + i * ldc + j, ldc, k, false, last,
+                                  row + i, column + j);
       }
     }
   }
 };
 
 // Transpose a square of kLanes x kLanes in registers: log2 steps of two-source permutes.
-template <typename T>
+template <typename T, int Step = 1>
 inline void transpose_square(Vec<T>* rows) {
   constexpr int n = kLanes<T>;
-  using Mask = typename VecTypes<T>::integer;
-  TP_UNROLL for (int step = 1; step < n; step *= 2) {
-    Mask low, high;
-    for (int l = 0; l < n; ++l) {
-      low[l] = (l & step) ? l - step + n : l;
-      high[l] = (l & step) ? l + n : l + step;
-    }
+  if constexpr (Step < n) {
+    const auto low = load_mask<T>(kLaneMasks<T, Step>.low), high = load_mask<T>(kLaneMasks<T, Step>.high);
     TP_UNROLL for (int i = 0; i < n; ++i) {
-      if (i & step) continue;
-      const Vec<T> a = rows[i], b = rows[i + step];
+      if (i & Step) continue;
+      const Vec<T> a = rows[i], b = rows[i + Step];
       rows[i] = __builtin_shuffle(a, b, low);
-      rows[i + step] = __builtin_shuffle(a, b, high);
+      rows[i + Step] = __builtin_shuffle(a, b, high);
     }
+    transpose_square<T, 2 * Step>(rows);
   }
 }
 

@@ -76,17 +76,58 @@ template <typename T>
 inline Vec<T> vmax(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
+// Lane numbers for shuffles as constants: GCC 12 computes masks written as loops at run time. low + high: the sums of
+// neighbouring groups of Step lanes of two rows, alternating.
+template <typename C, int Step>
+struct LaneMasks {
+  using Int = decltype(typename VecTypes<C>::integer{}[0] + 0);
+  Int low[kLanes<C>], high[kLanes<C>], swap[kLanes<C>];
+  constexpr LaneMasks() : low(), high(), swap() {
+    for (int l = 0; l < kLanes<C>; ++l) {
+      low[l] = (l & Step) ? l - Step + kLanes<C> : l;
+      high[l] = low[l] + Step;
+      swap[l] = l ^ Step;
+    }
+  }
+};
+template <typename C, int Step>
+inline constexpr LaneMasks<C, Step> kLaneMasks{};
+
+template <typename C>
+inline typename VecTypes<C>::integer load_mask(const typename LaneMasks<C, 1>::Int* lanes) {
+  typename VecTypes<C>::integer mask;
+  __builtin_memcpy(&mask, lanes, sizeof(mask));
+  return mask;
+}
+
+// All lanes joined in log2 steps.
+template <typename T, int Step = kLanes<T> / 2, typename Op>
+inline T fold_lanes(Vec<T> v, Op&& op) {
+  if constexpr (Step == 0) {
+    return v[0];
+  } else {
+    return fold_lanes<T, Step / 2>(op(v, __builtin_shuffle(v, load_mask<T>(kLaneMasks<T, Step>.swap))), op);
+  }
+}
 template <typename T>
 inline T reduce_add(Vec<T> v) {
-  T sum = 0;
-  for (int i = 0; i < kLanes<T>; ++i) sum += v[i];
-  return sum;
+  return fold_lanes<T>(v, [](Vec<T> a, Vec<T> b) { return a + b; });
 }
 template <typename T>
 inline T reduce_max(Vec<T> v) {
-  T best = v[0];
-  for (int i = 1; i < kLanes<T>; ++i) best = v[i] > best ? v[i] : best;
-  return best;
+  return fold_lanes<T>(v, [](Vec<T> a, Vec<T> b) { return vmax<T>(a, b); });
+}
+
+// Whether any lane is larger than the limit.
+template <typename T>
+inline bool any_above(Vec<T> v, T limit) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(limit), _CMP_GT_OQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(limit), _CMP_GT_OQ)) != 0;
+#else
+  return reduce_max<T>(v) > limit;
+#endif
 }
 
 constexpr int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
@@ -233,13 +274,26 @@ inline Vec<float> exp2_fraction(Vec<float> f) {  // minimax polynomial of 2^f on
   return p * f + 1.0f;
 }
 
+#if defined(__AVX512F__)
+alignas(64) constexpr float kExp2Steps[32] = {
+    // 2^(i / 32)
+    1.0f,        1.0218972f,  1.04427373f, 1.06714046f, 1.09050775f, 1.1143868f,  1.13878858f, 1.1637249f,
+    1.18920708f, 1.21524739f, 1.24185777f, 1.26905096f, 1.29683959f, 1.32523668f, 1.35425556f, 1.38390994f,
+    1.41421354f, 1.44518077f, 1.47682619f, 1.50916445f, 1.54221082f, 1.5759809f,  1.61049032f, 1.64575553f,
+    1.68179286f, 1.71861935f, 1.75625217f, 1.79470909f, 1.8340081f,  1.87416768f, 1.91520655f, 1.95714414f,
+};
+#endif
+
 inline Vec<float> exp2v(Vec<float> x) {
 #if defined(__AVX512F__)
-  // The operand order keeps NaN; scalef underflows to 0 by itself.
-  const __m512 clamped = _mm512_max_ps(_mm512_set1_ps(-200.f), (__m512)x);
-  const __m512 whole = _mm512_roundscale_ps(clamped, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const Vec<float> f = (Vec<float>)clamped - (Vec<float>)whole;
-  return (Vec<float>)_mm512_scalef_ps((__m512)exp2_fraction(f), whole);
+  // 2^(i / 32) from the table times 2^f, |f| <= 1/64, in three multiplications. What rounding leaves is 0 for
+  // infinities; scalef takes the whole part and underflows to 0 by itself.
+  const __m512 f = _mm512_reduce_ps((__m512)x, 5 << 4 | _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 steps = (__m512)x - f;
+  const __m512i i = (__m512i)(steps + _mm512_set1_ps(0x1.8p18f));  // the number of steps in its lowest bits
+  const __m512 power = _mm512_permutex2var_ps(_mm512_loadu_ps(kExp2Steps), i, _mm512_loadu_ps(kExp2Steps + 16));
+  const __m512 slope = _mm512_fmadd_ps(f, _mm512_set1_ps(0.240226507f), _mm512_set1_ps(0.693157345f));
+  return (Vec<float>)_mm512_scalef_ps(_mm512_fmadd_ps(power * f, slope, power), steps);
 #else
   using Int = VecTypes<float>::integer;
   const Vec<float> magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
@@ -257,6 +311,8 @@ inline Vec<double> exp2v(Vec<double> x) {
 }
 inline float exp2s(float x) { return __builtin_exp2f(x); }
 inline double exp2s(double x) { return __builtin_exp2(x); }
+inline float ceils(float x) { return __builtin_ceilf(x); }
+inline double ceils(double x) { return __builtin_ceil(x); }
 inline float log2s(float x) { return __builtin_log2f(x); }
 inline double log2s(double x) { return __builtin_log2(x); }
 template <typename T>

@@ -121,12 +121,14 @@ void match_item(const MatchParams& p, int64_t item, int64_t chunks, char* scratc
     }
     for (int64_t r = 0; r < count; ++r) {
       const T* x = a(begin + r);
-      C top = kNegInf<C>;
+      const C top = reduce_max<C>(best[r].score);
       int64_t column = p.protect_b;  // where nothing may be chosen: the first token that may be merged into
-      for (int l = 0; l < kLanes<C>; ++l) {
-        const bool better =
-            best[r].score[l] > top || (best[r].score[l] == top && top != kNegInf<C> && best[r].column[l] < column);
-        if (better) top = best[r].score[l], column = best[r].column[l];
+      if (top > kNegInf<C>) {
+        column = p.nb;
+        for (int l = 0; l < kLanes<C>; ++l) {
+          const bool better = best[r].score[l] == top && best[r].column[l] < column;
+          column = better ? static_cast<int64_t>(best[r].column[l]) : column;
+        }
       }
       const C score = x == nullptr || top == kNegInf<C> ? kNegInf<C> : top * inverse_norm(x, p.channels);
       const bool nan = score != score;

@@ -75,6 +75,19 @@ def test_large_logits_do_not_overflow(device):
     torch.testing.assert_close((out.cpu().double(), lse.cpu().double()), expected, rtol=1e-4, atol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_values_where_later_keys_outweigh_all_before(dtype, device):
+    q, k, v = (packed(n, 2, 16, seed=n, device=device, dtype=dtype) for n in (53, 1251, 1251))
+    rising = torch.linspace(-30, 100, 1251, device=device)
+    bias = torch.where(rising < 0, float("-inf"), rising)  # over several blocks of keys; the first ones are hidden
+    cu_q, cu_k = ints([0, 50, 53], device), ints([0, 1100, 1251], device)
+    found = attention(q, k, v, cu_q, cu_k, key_bias=bias, max_q=50, max_k=1100, cls=True)
+    exact = [t.double().cpu() for t in (q, k, v)]
+    expected = oracle_attention(*exact, cu_q.cpu(), cu_k.cpu(), key_bias=bias.double().cpu(), cls=True)
+    for f, e, tolerance in zip(found, expected, (1e-5 if dtype == torch.float32 else 1e-2, 1e-5, 1e-5)):
+        torch.testing.assert_close(f.double().cpu(), e, rtol=tolerance, atol=tolerance)
+
+
 def test_all_keys_hidden_gives_zero_and_finite_gradients(device):
     leaves = [packed(5, 2, 8, seed=i, device=device).requires_grad_() for i in range(3)]
     bias = torch.full((5,), float("-inf"), device=device)
