@@ -200,8 +200,17 @@ void forward_item(const AttentionParams& p, int64_t item, int64_t chunks, char* 
                       staged,
                       bias,
                       cls,
-                      {static_cast<C>(p.scale * kLog2E), plan.stride, plan.width, weights, out, stats, stats + kStrip,
-                       sums, rounded_sums, queue}};
+                      {{},
+                       static_cast<C>(p.scale * kLog2E),
+                       plan.stride,
+                       plan.width,
+                       weights,
+                       out,
+                       stats,
+                       stats + kStrip,
+                       sums,
+                       rounded_sums,
+                       queue}};
   for (int64_t s = first; s < last; ++s) head.run(s * kStrip, s == first);
 }
 

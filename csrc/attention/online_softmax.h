@@ -24,7 +24,7 @@ struct WeightOf<T, true> {
 // The shift of a row is the maximum of its first panel. It is raised, by an integer, only when a logit exceeds it by
 // more than kSlack: what was computed is then scaled by a power of two, which costs no accuracy.
 template <typename T>
-struct OnlineSoftmax {
+struct OnlineSoftmax : StoreOnly {
   using C = Compute<T>;
   using U = typename Packed<T>::type;
   using Weight = typename WeightOf<T>::type;

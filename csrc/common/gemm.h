@@ -33,7 +33,7 @@ struct Dot<uint32_t> {
 constexpr bool kHasBFloat16Dot = false;
 #endif
 
-// What happens beside the product of a tile: nothing at a step along k, nothing to the accumulators before they are stored.
+// What happens beside the product of a tile: nothing at a step along k, nor to the accumulators before they are stored.
 struct StoreOnly {
   static constexpr bool kStore = true;
   void step(int64_t) const {}
