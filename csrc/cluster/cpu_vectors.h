@@ -3,7 +3,7 @@
 // distances are measured from.
 #pragma once
 
-#include "../common/pack.h"
+#include "../common/lanes.h"
 #include "math.h"
 
 namespace tokenprune {
@@ -122,10 +122,10 @@ inline Vec<C> reduce_square(const Vec<C>* rows) {
 }
 
 // All lanes summed (their largest) in log2 steps; reduce_add of vec.h goes lane by lane.
-template <typename C, int Step = kLanes<C> / 2, typename Op>
-inline C fold_lanes(Vec<C> v, Op&& op) {
+template <typename C, int Step = kLanes<C> / 2, typename V, typename Op>
+inline auto fold_lanes(V v, Op&& op) {
   if constexpr (Step == 0) {
-    return v[0];
+    return v[0] + 0;
   } else {
     return fold_lanes<C, Step / 2>(op(v, __builtin_shuffle(v, load_mask<C>(kLaneMasks<C, Step>.swap))), op);
   }
