@@ -154,6 +154,22 @@ inline void store_block(T* p, Block<Compute<T>> v) {
     store_narrow<T>(p + w, v.b);
   }
 }
+// Past the caches where the CPU can; p aligned to whole vectors. stream_fence has to follow the last one.
+template <typename T>
+inline void stream_block(T* p, Block<Compute<T>> v) {
+#if defined(__AVX512F__)
+  if constexpr (__is_same(T, float)) {
+    _mm512_stream_ps(p, (__m512)v.a), _mm512_stream_ps(p + kLanes<float>, (__m512)v.b);
+    return;
+  }
+#endif
+  store_block(p, v);
+}
+inline void stream_fence() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
 // The first n <= block channels.
 template <typename T>
 inline Block<Compute<T>> load_block(const T* p, int64_t n) {
