@@ -15,6 +15,7 @@ namespace tokenprune {
 inline namespace TOKENPRUNE_ISA {
 
 constexpr int kWindowPart = 5;  // centers whose sums slide in registers
+constexpr int kPackAhead = 4;   // tokens
 
 // ---- workspace of one image
 
@@ -143,8 +144,10 @@ void pack_tokens(const ClusterParams& p, const ClusterStep& s) {
       for (int64_t c = 0; c < space.channels; c += Space::kSmall) {
         const bool whole = c / Space::kChunk * Space::kChunk + Space::kChunk <= space.channels;
         const int64_t chunk = whole ? c / Space::kChunk * Space::kChunk : c;
-        auto* to =
-            space.tokens + chunk * space.unit_tokens + place * (whole ? Space::kChunk : Space::kSmall) + (c - chunk);
+        const int64_t width = whole ? Space::kChunk : Space::kSmall;
+        auto* to = space.tokens + chunk * space.unit_tokens + place * width + (c - chunk);
+        // Short pieces, many chunks in turn: the hardware does not see what is written next.
+        for (int64_t i = 0; i < Space::kSmall; i += w) __builtin_prefetch(to + kPackAhead * width + i, 1);
         if constexpr (kUsesPairs<T>) {
           Vec<uint32_t> low, high;
           interleave_pairs(load_pairs_upto(row, c, p.channels), load_pairs_upto(second, c, p.channels), low, high);
@@ -235,10 +238,11 @@ void cluster_prepare(const ClusterParams& p, const ClusterStep& s) {
 // ---- gather: weighted sums of tokens
 
 // One row of cells for one row of centers: sums of the part [offset, offset + NW) of the window. `tokens` [x][unit]
-// [V vectors] and `weights` [x][unit][weight_width] are read in order; `fresh` sums start from zero.
+// [V vectors] and `weights` [x][unit][weight_width] are read in order; `fresh` sums start from zero. `ahead`: one
+// vector per token of those that come next.
 template <typename U, int NW, int V>
 void slide(const U* tokens, const U* weights, int64_t weight_width, const int32_t* x_first, int64_t units, int64_t cols,
-           int64_t left, bool fresh, typename Dot<U>::Acc* sums, int64_t width) {
+           int64_t left, bool fresh, typename Dot<U>::Acc* sums, int64_t width, const U* ahead) {
   using C = typename Dot<U>::Acc;
   constexpr int w = kLanes<C>;
   Vec<C> acc[NW][V];  // acc[j] is of center left + j
@@ -253,7 +257,8 @@ void slide(const U* tokens, const U* weights, int64_t weight_width, const int32_
   TP_UNROLL for (int j = 0; j < NW; ++j) enter(left + j, acc[j]);
   for (int64_t home = 0;; ++home) {
     for (int64_t n = (x_first[home + 1] - x_first[home]) * units; n > 0;
-         --n, tokens += V * w, weights += weight_width) {
+         --n, tokens += V * w, weights += weight_width, ahead += w) {
+      __builtin_prefetch(ahead);
       Vec<U> x[V];
       TP_UNROLL for (int v = 0; v < V; ++v) x[v] = load(tokens + v * w);
       TP_UNROLL for (int j = 0; j < NW; ++j) {
@@ -279,6 +284,8 @@ void slide_window(const ClusterParams& p, const ClusterSpace<T>& space, int64_t 
   const U* weights =
       space.weights + (space.starts[cell] * window_width(p.y_axis) + dy * p.x_axis.size * units) * space.weight_width;
   C* sums = space.sums + cy * cols * space.width + channel;
+  // Each row of centers asks for another part of the next row of cells.
+  const U* ahead = tokens + p.x_axis.size * units * (kWidth + dy % V * kLanes<C>);
   // No token before this row of cells sees the row of centers.
   bool fresh = tokens_begin(p.y_axis, cy) == space.y_first[cell];
   if (fresh && space.window > kWindowPart) {  // the first part does not pass by all centers
@@ -288,7 +295,7 @@ void slide_window(const ClusterParams& p, const ClusterSpace<T>& space, int64_t 
   for (int64_t offset = 0; offset < space.window; offset += kWindowPart) {
     const auto run = [&]<int NW>() {
       slide<U, NW, V>(tokens, weights + offset, space.weight_width, space.x_first, units, cols, offset - p.x_axis.reach,
-                      fresh, sums, space.width);
+                      fresh, sums, space.width, ahead);
     };
     switch (space.window - offset) {
       case 1: run.template operator()<1>(); break;

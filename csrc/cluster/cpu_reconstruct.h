@@ -21,15 +21,17 @@ struct ReconstructSpace {
   static constexpr int64_t kPanel = kTileVecs * kLanes<U>;
 
   int64_t units, padded, width, entries;
-  bool dense;  // nearly all centers are kept: a matrix product beats sums of single rows
+  bool dense;    // many centers are kept: a matrix product beats sums of single rows
+  bool blocked;  // values are read often enough to pack them
   // of the image
   U* panels;  // [clusters, channels] transposed
   C *mean, *norms, *values;
+  T* blocks;                                 // values by blocks of channels, see pack_blocks
   int32_t *counts, *kept, *offsets, *where;  // backward: the kept centers of each token, the entries of each center
   C *weight, *grad_distance;
   // of the thread
   U* rows;
-  C *distances, *squares, *u, *out;
+  C *distances, *squares, *u, *out;  // u, index: of the kept centers, one row per token
   int32_t* index;
   typename VecTypes<C>::integer* keys;
   int64_t shared_bytes, scratch_bytes;
@@ -38,28 +40,32 @@ struct ReconstructSpace {
     units = ceil_div(p.channels, kPer), padded = round_up(p.clusters, kLanes<U>);
     width = round_up(p.width, kLanes<C>);
     dense = p.out != nullptr && 4 * p.k >= p.clusters;
+    blocked = p.out != nullptr && !dense && p.tokens * p.k >= 4 * p.clusters;
     entries = !p.backward ? 0 : p.tokens * p.clusters;
     Arena a{shared};
     panels = a.take<U>(padded * units);
     mean = a.take<C>(p.channels + kLanes<C>);
     norms = a.take<C>(padded);
     values = a.take<C>(dense ? p.clusters * width : 0);
+    blocks = a.take<T>(blocked ? p.clusters * p.width : 0);
     counts = a.take<int32_t>(!p.backward ? 0 : p.tokens);
     offsets = a.take<int32_t>(!p.backward ? 0 : p.clusters + 1);
     kept = a.take<int32_t>(entries), where = a.take<int32_t>(entries);
     weight = a.take<C>(entries), grad_distance = a.take<C>(entries);
     shared_bytes = a.next - shared;
     Arena b{scratch};
-    rows = b.take<U>((kPanel > kStripTokens ? kPanel : kStripTokens) * units);
+    rows = b.take<U>((kPanel > kStripTokens ? kPanel : kStripTokens) * units + kLanes<U>);
     distances = b.take<C>(kStripTokens * stride());
     squares = b.take<C>(kStripTokens);
-    u = b.take<C>(padded + kLanes<C>);
+    u = b.take<C>(kStripTokens * stride());
     out = b.take<C>(dense ? kStripTokens * width : 0);
-    index = b.take<int32_t>(padded + 16);
+    index = b.take<int32_t>(kStripTokens * (padded + 16));
     keys = b.take<typename VecTypes<C>::integer>(padded / kLanes<C>);
     scratch_bytes = b.next - scratch;
   }
   int64_t stride() const { return padded + kLanes<C>; }  // no power of two
+  C* u_of(int64_t row) const { return u + row * stride(); }
+  int32_t* index_of(int64_t row) const { return index + row * (padded + 16); }
 };
 
 template <typename T>
@@ -85,19 +91,44 @@ void pack_centred(const RowView<T>& from, int64_t begin, int64_t n, int64_t chan
                   Compute<T>* norms) {
   using C = Compute<T>;
   constexpr int w = kLanes<C>;
-  if constexpr (kUsesPairs<T>) pack_units<T>(from, begin, n, channels, space.units, space.rows);
   for (int64_t i = 0; i < n; ++i) {
     const T* row = from(begin + i);
+    auto* to = space.rows + i * space.units;
     Vec<C> norm{};
-    for (int64_t c = 0; c < channels; c += w) {
-      Vec<C> v = load_upto(row, c, channels);
-      if constexpr (!kUsesPairs<T>) {
-        v -= load(space.mean + c);  // zeros behind the channels
-        store_upto<C>(space.rows + i * space.units, c, channels, v);
+    if constexpr (kUsesPairs<T>) {
+      Block<C> sum{};
+      for (int64_t c = 0; c < channels; c += 2 * w) {
+        const Vec<uint32_t> pairs = load_pairs_upto(row, c, channels);
+        store(to + c / 2, pairs);  // the next row overwrites what is beyond the end
+        const Block<C> x = split_words(pairs);
+        sum.a += x.a * x.a, sum.b += x.b * x.b;
       }
-      norm += v * v;
+      norm = sum.a + sum.b;
+    } else {
+      for (int64_t c = 0; c < channels; c += w) {
+        const Vec<C> v = load_upto(row, c, channels) - load(space.mean + c);  // zeros behind the channels
+        store_upto<C>(to, c, channels, v);
+        norm += v * v;
+      }
     }
     norms[i] = reduce_add<C>(norm);
+  }
+}
+
+// Channels that are summed at a time.
+constexpr int kSumBlocks = 4;
+template <typename T>
+constexpr int64_t kSumChannels = kSumBlocks * kBlock<T>;
+
+// Values as [channels / kSumChannels][clusters][kSumChannels]: a strip keeps few different centers, whose part of one
+// block fits into the first-level cache.
+template <typename T>
+void pack_blocks(const RowView<T>& rows, int64_t begin, int64_t n, int64_t width, T* blocks) {
+  for (int64_t i = begin; i < begin + n; ++i) {
+    const T* row = rows(i);
+    for (int64_t c = 0; c + kSumChannels<T> <= width; c += kSumChannels<T>) {
+      __builtin_memcpy(blocks + c * rows.rows + i * kSumChannels<T>, row + c, kSumChannels<T> * sizeof(T));
+    }
   }
 }
 
@@ -120,6 +151,7 @@ void reconstruct_pack_item(const ReconstructParams& p, const ReconstructStep& s)
   if (space.dense) {
     pack_rows(value_rows<T>(p, s.image), begin, n, p.width, space.width, space.values + begin * space.width);
   }
+  if (space.blocked) pack_blocks<T>(value_rows<T>(p, s.image), begin, n, p.width, space.blocks);
 }
 
 // Dot products of the strip's tokens with all centers; returns their number.
@@ -230,20 +262,21 @@ int64_t select_nearest(const ReconstructParams& p, const ReconstructSpace<T>& sp
   using Int = typename VecTypes<C>::integer;
   using Key = decltype(Int{}[0] + 0);
   constexpr int w = kLanes<C>;
+  constexpr Key kLargest = static_cast<Key>(~uint64_t{0} >> (65 - 8 * sizeof(Key)));
   C* d = space.distances + row * space.stride();
   const C square = space.squares[row];
   const int64_t vecs = ceil_div(p.clusters, w);
-  Int low, high;
+  Int low = Int{} + kLargest, high = Int{} - kLargest;
   for (int64_t j = 0; j < vecs; ++j) {
     const Vec<C> distance = (load(space.norms + j * w) + square) - C(2) * load(d + j * w);
     store(d + j * w, distance);
     const Int key = order_key<C>(distance);
     space.keys[j] = key;
-    low = j == 0 || key < low ? key : low;
-    high = j == 0 || key > high ? key : high;
+    low = key < low ? key : low;
+    high = key > high ? key : high;
   }
-  Key first = low[0], last = high[0];
-  for (int l = 1; l < w; ++l) first = low[l] < first ? low[l] : first, last = high[l] > last ? high[l] : last;
+  Key first = fold_lanes<C>(low, [](Int a, Int b) { return a < b ? a : b; });
+  Key last = fold_lanes<C>(high, [](Int a, Int b) { return a > b ? a : b; });
   if (p.k < p.clusters) {
     while (first < last) {
       const Key middle = first + static_cast<Key>((static_cast<uint64_t>(last) - static_cast<uint64_t>(first)) / 2);
@@ -256,7 +289,7 @@ int64_t select_nearest(const ReconstructParams& p, const ReconstructSpace<T>& sp
       }
     }
   }
-  return list_upto(space.keys, p.clusters, last, space.index);
+  return list_upto(space.keys, p.clusters, last, space.index_of(row));
 }
 
 // u = exp(-t d) of the kept centers; returns their norm.
@@ -265,13 +298,15 @@ Compute<T> weights_of(const ReconstructParams& p, const ReconstructSpace<T>& spa
   using C = Compute<T>;
   constexpr int w = kLanes<C>;
   const C* d = space.distances + row * space.stride();
-  for (int64_t i = 0; i < kept; ++i) space.u[i] = d[space.index[i]];
-  for (int64_t i = kept; i < round_up(kept, w); ++i) space.u[i] = -kNegInf<C>;
+  const int32_t* index = space.index_of(row);
+  C* all = space.u_of(row);
+  for (int64_t i = 0; i < kept; ++i) all[i] = d[index[i]];
+  for (int64_t i = kept; i < round_up(kept, w); ++i) all[i] = -kNegInf<C>;
   const C factor = static_cast<C>(-p.temperature * kLog2E);
   Vec<C> sum{};
   for (int64_t i = 0; i < kept; i += w) {
-    const Vec<C> u = exp2v(load(space.u + i) * factor);
-    store(space.u + i, u);
+    const Vec<C> u = exp2v(load(all + i) * factor);
+    store(all + i, u);
     sum += p.l1 ? u : u * u;
   }
   const C total = reduce_add<C>(sum);
@@ -286,20 +321,23 @@ C inverse_of_norm(C norm) {
 
 // ---- forward
 
-// to[c..] = sum_i weight[i] * row_of(i)[c..], V vectors at a time.
+// to[c..] = factor * sum_i weight[i] * row_of(i)[c..]
 template <typename T, typename Term>
 void sum_rows(int64_t width, T* to, Compute<T> factor, Term&& term) {
   using C = Compute<T>;
   constexpr int64_t w = kLanes<C>;
-  constexpr int V = 8;
   int64_t c = 0;
-  for (; c + V * w <= width; c += V * w) {
-    Vec<C> acc[V];
-    TP_UNROLL for (int v = 0; v < V; ++v) acc[v] = Vec<C>{};
+  for (; c + kSumChannels<T> <= width; c += kSumChannels<T>) {
+    Block<C> acc[kSumBlocks] = {};
     term([&](C weight, const T* row) {
-      TP_UNROLL for (int v = 0; v < V; ++v) acc[v] += weight * load_wide(row + c + v * w);
+      TP_UNROLL for (int j = 0; j < kSumBlocks; ++j) {
+        const Block<C> x = load_block(row + c + j * kBlock<T>);
+        acc[j].a += weight * x.a, acc[j].b += weight * x.b;
+      }
     });
-    TP_UNROLL for (int v = 0; v < V; ++v) store_narrow<T>(to + c + v * w, acc[v] * factor);
+    TP_UNROLL for (int j = 0; j < kSumBlocks; ++j) {
+      store_block<T>(to + c + j * kBlock<T>, {acc[j].a * factor, acc[j].b * factor});
+    }
   }
   for (; c < width; c += w) {
     Vec<C> acc{};
@@ -308,27 +346,43 @@ void sum_rows(int64_t width, T* to, Compute<T> factor, Term&& term) {
   }
 }
 
+// The kept centers of a strip times their weights, block by block of channels.
+template <typename T>
+void sum_kept(const ReconstructParams& p, const ReconstructSpace<T>& space, const RowView<T>& values, int64_t rows,
+              const int64_t* kept, const Compute<T>* inverse, T* out) {
+  for (int64_t c = 0; c < p.width; c += kSumChannels<T>) {
+    const int64_t left = p.width - c, width = left < kSumChannels<T> ? left : kSumChannels<T>;
+    const bool packed = space.blocked && width == kSumChannels<T>;
+    const T* from = packed ? space.blocks + c * p.clusters : values.base + c;
+    const int64_t stride = packed ? width : values.stride;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int32_t* index = space.index_of(r);
+      const Compute<T>* u = space.u_of(r);
+      sum_rows<T>(width, out + r * p.width + c, inverse[r], [&](auto&& add) {
+        for (int64_t i = 0; i < kept[r]; ++i) add(u[i], from + index[i] * stride);
+      });
+    }
+  }
+}
+
 template <typename T>
 void reconstruct_strip_item(const ReconstructParams& p, const ReconstructStep& s) {
   using C = Compute<T>;
   const ReconstructSpace<T> space(p, s.shared, s.scratch);
   const int64_t rows = strip_dots<T>(p, s, space);
-  const RowView<T> values = value_rows<T>(p, s.image);
   T* out = static_cast<T*>(p.out) + (s.image * p.tokens + s.item * kStripTokens) * p.width;
+  int64_t kept[kStripTokens];
+  C inverse[kStripTokens];
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t kept = select_nearest<T>(p, space, r);
-    const C inverse = inverse_of_norm<C>(weights_of<T>(p, space, r, kept));
-    if (space.dense) {
-      C* weights = space.distances + r * space.stride();
-      for (int64_t j = 0; j < space.padded; ++j) weights[j] = 0;
-      for (int64_t i = 0; i < kept; ++i) weights[space.index[i]] = space.u[i] * inverse;
-      continue;
-    }
-    sum_rows<T>(p.width, out + r * p.width, inverse, [&](auto&& add) {
-      for (int64_t i = 0; i < kept; ++i) add(space.u[i], values(space.index[i]));
-    });
+    kept[r] = select_nearest<T>(p, space, r);
+    inverse[r] = inverse_of_norm<C>(weights_of<T>(p, space, r, kept[r]));
   }
-  if (!space.dense) return;
+  if (!space.dense) return sum_kept<T>(p, space, value_rows<T>(p, s.image), rows, kept, inverse, out);
+  for (int64_t r = 0; r < rows; ++r) {
+    C* weights = space.distances + r * space.stride();
+    for (int64_t j = 0; j < space.padded; ++j) weights[j] = 0;
+    for (int64_t i = 0; i < kept[r]; ++i) weights[space.index_of(r)[i]] = space.u_of(r)[i] * inverse[r];
+  }
   Gemm<C>::rows(space.distances, space.stride(), 1, space.values, space.width, space.out, space.width, rows,
                 space.width, p.clusters, false);
   for (int64_t r = 0; r < rows; ++r) narrow<T>(space.out + r * space.width, out + r * p.width, p.width);

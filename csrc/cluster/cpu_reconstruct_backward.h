@@ -11,9 +11,11 @@ inline namespace TOKENPRUNE_ISA {
 // Gradient of the squared distances to the kept centers of one token, and the weights of its output.
 template <typename T>
 void distance_gradients(const ReconstructParams& p, const ReconstructSpace<T>& space, const RowView<T>& values,
-                        int64_t token, int64_t kept, Compute<T> norm, const T* grad) {
+                        int64_t r, int64_t token, int64_t kept, Compute<T> norm, const T* grad) {
   using C = Compute<T>;
   constexpr int64_t w = kLanes<C>;
+  const int32_t* index = space.index_of(r);
+  const C* u = space.u_of(r);
   const C inverse = inverse_of_norm<C>(norm), temperature = static_cast<C>(p.temperature);
   C *weight = space.weight + token * p.clusters, *to = space.grad_distance + token * p.clusters;
   for (int64_t i = 0; i < kept; i += w) {  // dL/dW = grad . values, w centers at a time
@@ -21,7 +23,7 @@ void distance_gradients(const ReconstructParams& p, const ReconstructSpace<T>& s
     for (int64_t l = 0; l < w; ++l) {
       sums[l] = Vec<C>{};
       if (i + l >= kept) continue;
-      const T* row = values(space.index[i + l]);
+      const T* row = values(index[i + l]);
       Vec<C> a{}, b{};
       int64_t c = 0;
       for (; c + 2 * w <= p.width; c += 2 * w) {
@@ -36,12 +38,12 @@ void distance_gradients(const ReconstructParams& p, const ReconstructSpace<T>& s
   }
   C projection = 0;
   for (int64_t i = 0; i < kept; ++i) {
-    weight[i] = space.u[i] * inverse;
+    weight[i] = u[i] * inverse;
     projection += weight[i] * to[i];
   }
   if (!(norm > static_cast<C>(kNormFloor))) projection = 0;  // the clamped norm is a constant
   for (int64_t i = 0; i < kept; ++i) {
-    to[i] = -temperature * space.u[i] * inverse * (to[i] - (p.l1 ? projection : weight[i] * projection));
+    to[i] = -temperature * u[i] * inverse * (to[i] - (p.l1 ? projection : weight[i] * projection));
   }
 }
 
@@ -80,13 +82,13 @@ void reconstruct_backward_strip_item(const ReconstructParams& p, const Reconstru
     const int64_t kept = select_nearest<T>(p, space, r);
     const C norm = weights_of<T>(p, space, r, kept);
     const T* grad = static_cast<const T*>(p.grad) + row * p.width;
-    distance_gradients<T>(p, space, values, token, kept, norm, grad);
+    distance_gradients<T>(p, space, values, r, token, kept, norm, grad);
     space.counts[token] = static_cast<int32_t>(kept);
-    __builtin_memcpy(space.kept + token * p.clusters, space.index, kept * sizeof(int32_t));
+    __builtin_memcpy(space.kept + token * p.clusters, space.index_of(r), kept * sizeof(int32_t));
     const C* weight = space.grad_distance + token * p.clusters;
     sum_differences<T>(p.channels, features(token), static_cast<T*>(p.grad_features) + row * p.channels, C(2),
                        [&](auto&& add) {
-                         for (int64_t i = 0; i < kept; ++i) add(weight[i], centers(space.index[i]));
+                         for (int64_t i = 0; i < kept; ++i) add(weight[i], centers(space.index_of(r)[i]));
                        });
   }
 }

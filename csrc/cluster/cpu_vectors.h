@@ -3,7 +3,7 @@
 // distances are measured from.
 #pragma once
 
-#include "../common/pack.h"
+#include "../common/lanes.h"
 #include "math.h"
 
 namespace tokenprune {

@@ -100,11 +100,11 @@ inline typename VecTypes<C>::integer load_mask(const typename LaneMasks<C, 1>::I
   return mask;
 }
 
-// All lanes joined in log2 steps.
-template <typename T, int Step = kLanes<T> / 2, typename Op>
-inline T fold_lanes(Vec<T> v, Op&& op) {
+// All lanes joined in log2 steps; v is a vector of T, or of integers as wide.
+template <typename T, int Step = kLanes<T> / 2, typename V, typename Op>
+inline auto fold_lanes(V v, Op&& op) {
   if constexpr (Step == 0) {
-    return v[0];
+    return v[0] + 0;
   } else {
     return fold_lanes<T, Step / 2>(op(v, __builtin_shuffle(v, load_mask<T>(kLaneMasks<T, Step>.swap))), op);
   }

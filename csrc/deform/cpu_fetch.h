@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Bringing the values into the cache before the points ask for them. Points read short pieces all over the levels,
 // which no hardware prefetcher foresees, and a core keeps too few misses in flight to hide main memory. But a range of
-// queries covers a part of the image, so the pixels there (a few further down and to the right, where other ranges have
-// not been) are read in long pieces, at several times the speed. Nothing but time depends on it.
+// queries covers a part of the image, so the pixels there are read in long pieces, at several times the speed: a few
+// further to the right, where no range has been, and a few more above and below. (What lies above was read once, but a
+// whole row of parts has passed since.) Nothing but time depends on it.
 #pragma once
 
 #include "cpu_points.h"
@@ -11,7 +12,7 @@ namespace tokenprune {
 inline namespace TOKENPRUNE_ISA {
 
 constexpr int64_t kWorthFetching = 2 << 20;  // bytes of values: fewer stay in the cache anyway
-constexpr float kFetchAhead = 6;             // pixels by which points are expected to leave their query
+constexpr int64_t kFetchAhead = 6;           // pixels by which points are expected to leave their query
 
 // Loads, not prefetch instructions: those do not wake the hardware's own prefetcher.
 inline void touch(const char* p, int64_t bytes) {
@@ -23,8 +24,12 @@ inline void touch(const char* p, int64_t bytes) {
 // First pixel not to fetch, for an edge of the part; the image's own edges stay where they are.
 inline int64_t fetch_limit(float edge, int64_t size) {
   if (edge <= 0) return 0;
-  const int64_t pixel = static_cast<int64_t>(edge * static_cast<float>(size) + kFetchAhead);
+  const int64_t pixel = static_cast<int64_t>(edge * static_cast<float>(size)) + kFetchAhead;
   return edge >= 1 || pixel > size ? size : pixel;
+}
+inline int64_t first_row(const QueryRange& range, int64_t height) {
+  const int64_t row = fetch_limit(range.top, height) - 2 * kFetchAhead;
+  return row > 0 ? row : 0;
 }
 
 template <typename T>
@@ -34,7 +39,7 @@ void fetch_values(const DeformParams& p, QueryRange range) {
   int64_t pixels = 0;
   for (int64_t l = 0; l < p.levels; ++l) {
     const int64_t h = p.level[l].height, w = p.level[l].width;
-    pixels += (fetch_limit(range.bottom, h) - fetch_limit(range.top, h)) *
+    pixels += (fetch_limit(range.bottom, h) - first_row(range, h)) *
               (fetch_limit(range.right, w) - fetch_limit(range.left, w));
   }
   if (pixels > 2 * head_points(p) * range.count) return;  // few queries: most of it would be read for nothing
@@ -42,7 +47,7 @@ void fetch_values(const DeformParams& p, QueryRange range) {
   for (int64_t l = 0; l < p.levels; ++l) {
     const int64_t h = p.level[l].height, w = p.level[l].width;
     const int64_t left = fetch_limit(range.left, w), right = fetch_limit(range.right, w);
-    for (int64_t y = fetch_limit(range.top, h); y < fetch_limit(range.bottom, h); ++y) {
+    for (int64_t y = first_row(range, h); y < fetch_limit(range.bottom, h); ++y) {
       const char* row = value + (p.level[l].start + y * w) * pixel;
       touch(row + left * pixel, (right - left) * pixel);
     }

@@ -4,8 +4,8 @@
 // after another would cost more than the sampling itself.
 #pragma once
 
+#include "../common/lanes.h"
 #include "cpu_kernels.h"
-#include "cpu_lanes.h"
 #include "cpu_softmax.h"
 #include "math.h"
 

@@ -2,7 +2,7 @@
 // Softmax over many short rows, and its gradient. A row is a few lanes of a vector, or several vectors.
 #pragma once
 
-#include "cpu_lanes.h"
+#include "../common/lanes.h"
 
 namespace tokenprune {
 inline namespace TOKENPRUNE_ISA {

@@ -187,6 +187,8 @@ VALUE_CASES = {
     **{n: {**c, "width": 20, "k": 5} for n, c in ROW_CASES.items()},
     "usual": row_case(64, 25, 16, batch=2, width=10, k=20, temperature=0.02),
     "sparse": row_case(60, 150, 24, width=70, k=20),
+    "blocks": row_case(140, 90, 33, batch=2, width=300, k=9),
+    "blocks_few_tokens": row_case(20, 150, 24, width=140, k=20),
     "long": row_case(70, 30, 1024, width=16, k=5, temperature=0.002, near=True),
     "nearest": row_case(40, 30, 24, width=33, k=1),
     "all": row_case(49, 7, 8, batch=2, width=8, k=-1),

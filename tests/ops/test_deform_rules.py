@@ -154,6 +154,17 @@ def test_whole_pixels_are_read_exactly(device):
     torch.testing.assert_close(out, value.flatten(2), rtol=1e-5, atol=1e-5)
 
 
+def test_an_output_beyond_the_caches_is_that_of_its_parts(device):
+    rng = torch.Generator().manual_seed(0)
+    value = torch.randn(1, 12, 4, 64, generator=rng).to(device)
+    locations = torch.rand(1, 36000, 4, 1, 1, 2, generator=rng).to(device)
+    weights = torch.rand(1, 36000, 4, 1, 1, generator=rng).to(device)
+    whole = ops.ms_deform_attn(value, [[3, 4]], None, locations, weights)
+    assert whole.numel() * 4 > 32 << 20
+    parts = zip(locations.split(12000, 1), weights.split(12000, 1), strict=True)
+    assert torch.equal(whole, torch.cat([ops.ms_deform_attn(value, [[3, 4]], None, *part) for part in parts], 1))
+
+
 def test_scattered_and_crowded_queries_agree_with_the_oracle(device):
     """Queries in no order, and all of them in one place: the order of visits is no business of the result."""
     rng = torch.Generator().manual_seed(3)

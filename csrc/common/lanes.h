@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Moves between lanes, and blocks of channels, that the deformable attention kernels need beside common/vec.h.
+// Moves between lanes, and blocks of channels: what vec.h does not have, for kernels that need it.
 #pragma once
 
-#include "../common/pack.h"
+#include "pack.h"
 
 namespace tokenprune {
 inline namespace TOKENPRUNE_ISA {
@@ -130,13 +130,15 @@ struct Block {
 template <typename T>
 constexpr int kBlock = 2 * kLanes<Compute<T>>;
 
+inline Block<float> split_words(Vec<uint32_t> words) {
+  return {(Vec<float>)(words << 16), (Vec<float>)(words & 0xffff0000u)};
+}
 template <typename T>
 inline Block<Compute<T>> load_block(const T* p) {
   if constexpr (__is_same(T, BFloat16)) {
-    typedef uint32_t Words __attribute__((vector_size(kVecBytes), aligned(2), may_alias));
-    typedef uint32_t Bits __attribute__((vector_size(kVecBytes)));
-    const Bits words = *reinterpret_cast<const Words*>(p);
-    return {(Vec<float>)(words << 16), (Vec<float>)(words & 0xffff0000u)};
+    Vec<uint32_t> words;
+    __builtin_memcpy(&words, p, sizeof(words));
+    return split_words(words);
   } else {
     return {load_wide(p), load_wide(p + kLanes<Compute<T>>)};
   }
@@ -151,6 +153,22 @@ inline void store_block(T* p, Block<Compute<T>> v) {
     store_narrow<T>(p, v.a);
     store_narrow<T>(p + w, v.b);
   }
+}
+// Past the caches where the CPU can; p aligned to whole vectors. stream_fence has to follow the last one.
+template <typename T>
+inline void stream_block(T* p, Block<Compute<T>> v) {
+#if defined(__AVX512F__)
+  if constexpr (__is_same(T, float)) {
+    _mm512_stream_ps(p, (__m512)v.a), _mm512_stream_ps(p + kLanes<float>, (__m512)v.b);
+    return;
+  }
+#endif
+  store_block(p, v);
+}
+inline void stream_fence() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
 }
 // The first n <= block channels.
 template <typename T>
