@@ -228,7 +228,7 @@ void cluster_prepare(const ClusterParams& p, const ClusterStep& s) {
         norm += e[v] * (e[v] + mean * C(2));
       }
     }
-    space.norm_row(p, s.item)[p.x_axis.reach + cx] = sum_lanes<C>(norm);
+    space.norm_row(p, s.item)[p.x_axis.reach + cx] = reduce_add<C>(norm);
   }
 }
 

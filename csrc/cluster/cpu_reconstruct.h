@@ -97,7 +97,7 @@ void pack_centred(const RowView<T>& from, int64_t begin, int64_t n, int64_t chan
       }
       norm += v * v;
     }
-    norms[i] = sum_lanes<C>(norm);
+    norms[i] = reduce_add<C>(norm);
   }
 }
 
@@ -274,7 +274,7 @@ Compute<T> weights_of(const ReconstructParams& p, const ReconstructSpace<T>& spa
     store(space.u + i, u);
     sum += p.l1 ? u : u * u;
   }
-  const C total = sum_lanes<C>(sum);
+  const C total = reduce_add<C>(sum);
   return p.l1 ? total : static_cast<C>(__builtin_sqrt(static_cast<double>(total)));
 }
 

@@ -188,7 +188,7 @@ struct Group {
         best[t] = vmax<C>(best[t], known);
       }
     }
-    for (int64_t t = 0; t < count; ++t) top[t] = max_lanes<C>(best[t]);
+    for (int64_t t = 0; t < count; ++t) top[t] = reduce_max<C>(best[t]);
     for (int64_t t = 0; t < count; ++t) {
       sum[t] = Vec<C>{};
       for (int64_t i = 0; i < scratch.slots; i += w) {
@@ -197,7 +197,7 @@ struct Group {
         sum[t] += e;
       }
     }
-    for (int64_t t = 0; t < count; ++t) inverse[t] = C(1) / sum_lanes<C>(sum[t]);
+    for (int64_t t = 0; t < count; ++t) inverse[t] = C(1) / reduce_add<C>(sum[t]);
     for (int64_t t = 0; t < count; ++t) {
       for (int64_t i = 0; i < scratch.slots; i += w) store(slots(t) + i, load(slots(t) + i) * inverse[t]);
     }

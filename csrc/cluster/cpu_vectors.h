@@ -85,30 +85,6 @@ inline void to_interleaved(Vec<float>& low, Vec<float>& high) {
 }
 #endif
 
-// Lane numbers for shuffles as constants: GCC 12 computes masks written as loops at run time. low + high: the sums of
-// neighbouring groups of Step lanes of two rows, alternating.
-template <typename C, int Step>
-struct LaneMasks {
-  using Int = decltype(typename VecTypes<C>::integer{}[0] + 0);
-  Int low[kLanes<C>], high[kLanes<C>], swap[kLanes<C>];
-  constexpr LaneMasks() : low(), high(), swap() {
-    for (int l = 0; l < kLanes<C>; ++l) {
-      low[l] = (l & Step) ? l - Step + kLanes<C> : l;
-      high[l] = low[l] + Step;
-      swap[l] = l ^ Step;
-    }
-  }
-};
-template <typename C, int Step>
-inline constexpr LaneMasks<C, Step> kLaneMasks{};
-
-template <typename C>
-inline typename VecTypes<C>::integer load_mask(const typename LaneMasks<C, 1>::Int* lanes) {
-  typename VecTypes<C>::integer mask;
-  __builtin_memcpy(&mask, lanes, sizeof(mask));
-  return mask;
-}
-
 // Lane i of the result is the sum of all lanes of rows[i].
 template <typename C, int Step = kLanes<C> / 2>
 inline Vec<C> reduce_square(const Vec<C>* rows) {
@@ -119,24 +95,6 @@ inline Vec<C> reduce_square(const Vec<C>* rows) {
     return __builtin_shuffle(a, b, load_mask<C>(kLaneMasks<C, Step>.low)) +
            __builtin_shuffle(a, b, load_mask<C>(kLaneMasks<C, Step>.high));
   }
-}
-
-// All lanes summed (their largest) in log2 steps; reduce_add of vec.h goes lane by lane.
-template <typename C, int Step = kLanes<C> / 2, typename Op>
-inline C fold_lanes(Vec<C> v, Op&& op) {
-  if constexpr (Step == 0) {
-    return v[0];
-  } else {
-    return fold_lanes<C, Step / 2>(op(v, __builtin_shuffle(v, load_mask<C>(kLaneMasks<C, Step>.swap))), op);
-  }
-}
-template <typename C>
-inline C sum_lanes(Vec<C> v) {
-  return fold_lanes<C>(v, [](Vec<C> a, Vec<C> b) { return a + b; });
-}
-template <typename C>
-inline C max_lanes(Vec<C> v) {
-  return fold_lanes<C>(v, [](Vec<C> a, Vec<C> b) { return vmax<C>(a, b); });
 }
 
 // The first `count` lanes, zeros behind them.

@@ -112,22 +112,18 @@ struct Gemm {
 };
 
 // Transpose a square of kLanes x kLanes in registers: log2 steps of two-source permutes.
-template <typename T>
+template <typename T, int Step = 1>
 inline void transpose_square(Vec<T>* rows) {
   constexpr int n = kLanes<T>;
-  using Mask = typename VecTypes<T>::integer;
-  TP_UNROLL for (int step = 1; step < n; step *= 2) {
-    Mask low, high;
-    for (int l = 0; l < n; ++l) {
-      low[l] = (l & step) ? l - step + n : l;
-      high[l] = (l & step) ? l + n : l + step;
-    }
+  if constexpr (Step < n) {
+    const auto low = load_mask<T>(kLaneMasks<T, Step>.low), high = load_mask<T>(kLaneMasks<T, Step>.high);
     TP_UNROLL for (int i = 0; i < n; ++i) {
-      if (i & step) continue;
-      const Vec<T> a = rows[i], b = rows[i + step];
+      if (i & Step) continue;
+      const Vec<T> a = rows[i], b = rows[i + Step];
       rows[i] = __builtin_shuffle(a, b, low);
-      rows[i + step] = __builtin_shuffle(a, b, high);
+      rows[i + Step] = __builtin_shuffle(a, b, high);
     }
+    transpose_square<T, 2 * Step>(rows);
   }
 }
 

@@ -76,17 +76,46 @@ template <typename T>
 inline Vec<T> vmax(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
+// Lane numbers for shuffles as constants: GCC 12 computes masks written as loops at run time. low + high: the sums of
+// neighbouring groups of Step lanes of two rows, alternating.
+template <typename C, int Step>
+struct LaneMasks {
+  using Int = decltype(typename VecTypes<C>::integer{}[0] + 0);
+  Int low[kLanes<C>], high[kLanes<C>], swap[kLanes<C>];
+  constexpr LaneMasks() : low(), high(), swap() {
+    for (int l = 0; l < kLanes<C>; ++l) {
+      low[l] = (l & Step) ? l - Step + kLanes<C> : l;
+      high[l] = low[l] + Step;
+      swap[l] = l ^ Step;
+    }
+  }
+};
+template <typename C, int Step>
+inline constexpr LaneMasks<C, Step> kLaneMasks{};
+
+template <typename C>
+inline typename VecTypes<C>::integer load_mask(const typename LaneMasks<C, 1>::Int* lanes) {
+  typename VecTypes<C>::integer mask;
+  __builtin_memcpy(&mask, lanes, sizeof(mask));
+  return mask;
+}
+
+// All lanes joined in log2 steps.
+template <typename T, int Step = kLanes<T> / 2, typename Op>
+inline T fold_lanes(Vec<T> v, Op&& op) {
+  if constexpr (Step == 0) {
+    return v[0];
+  } else {
+    return fold_lanes<T, Step / 2>(op(v, __builtin_shuffle(v, load_mask<T>(kLaneMasks<T, Step>.swap))), op);
+  }
+}
 template <typename T>
 inline T reduce_add(Vec<T> v) {
-  T sum = 0;
-  for (int i = 0; i < kLanes<T>; ++i) sum += v[i];
-  return sum;
+  return fold_lanes<T>(v, [](Vec<T> a, Vec<T> b) { return a + b; });
 }
 template <typename T>
 inline T reduce_max(Vec<T> v) {
-  T best = v[0];
-  for (int i = 1; i < kLanes<T>; ++i) best = v[i] > best ? v[i] : best;
-  return best;
+  return fold_lanes<T>(v, [](Vec<T> a, Vec<T> b) { return vmax<T>(a, b); });
 }
 
 constexpr int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
@@ -235,11 +264,9 @@ inline Vec<float> exp2_fraction(Vec<float> f) {  // minimax polynomial of 2^f on
 
 inline Vec<float> exp2v(Vec<float> x) {
 #if defined(__AVX512F__)
-  // The operand order keeps NaN; scalef underflows to 0 by itself.
-  const __m512 clamped = _mm512_max_ps(_mm512_set1_ps(-200.f), (__m512)x);
-  const __m512 whole = _mm512_roundscale_ps(clamped, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const Vec<float> f = (Vec<float>)clamped - (Vec<float>)whole;
-  return (Vec<float>)_mm512_scalef_ps((__m512)exp2_fraction(f), whole);
+  // What rounding leaves is 0 for infinities; scalef underflows to 0 by itself.
+  const __m512 f = _mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return (Vec<float>)_mm512_scalef_ps((__m512)exp2_fraction((Vec<float>)f), (__m512)(x - (Vec<float>)f));
 #else
   using Int = VecTypes<float>::integer;
   const Vec<float> magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
