@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+// CPU registration: checks, allocation, and the loops over rows.
+#include "../common/dtype.h"
+#include "../common/parallel.h"
+#include "checks.h"
+#include "cpu_kernels.h"
+
+namespace tokenprune {
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+const BalancedKernels& kernels(Dtype dtype) {
+  return dtype == kFloat64 ? balanced_kernels_generic : balanced_kernels();
+}
+
+Tensor argsort_rows(const Tensor& input) {
+  const char* op = "argsort_rows";
+  check_sortable(op, input);
+  const Tensor x = inner_contiguous(input);
+  const int64_t n = x.size(1), stride = x.stride(0) * x.element_size();
+  Tensor order = allocate(x, {x.size(0), n}, ScalarType::Int);
+  int32_t* to = mutable_data<int32_t>(order);
+  const char* from = static_cast<const char*>(x.const_data_ptr());
+  const Dtype dtype = kernel_dtype(op, x.scalar_type());
+  const BalancedKernels& table = kernels(dtype);
+  const int64_t bytes = table.argsort_scratch(n);
+  parallel_ranges(x.size(0), n * 16, [&](int64_t begin, int64_t end) {
+    char* scratch = thread_scratch(bytes);
+    for (int64_t r = begin; r < end; ++r) table.argsort(dtype, from + r * stride, n, to + r * n, scratch);
+  });
+  return order;
+}
+
+std::tuple<Tensor, Tensor> balanced_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_order,
+                                              const Tensor& k_order, const Optional& q_lengths,
+                                              const Optional& k_lengths, const Optional& key_bias, int64_t q_size,
+                                              int64_t k_size, bool per_row, double scale) {
+  const char* op = "balanced_attention";
+  BalancedCall call(op, q, k, v, q_order, k_order, q_lengths, k_lengths, key_bias, q_size, k_size, per_row, scale);
+  BalancedParams& p = call.p;
+  Tensor out = allocate(q, {p.rows, p.q.tokens, p.dim}),
+         lse = allocate(q, {p.rows, p.q.tokens}, stat_dtype(q.scalar_type()));
+  p.out = out.mutable_data_ptr(), p.lse = lse.mutable_data_ptr();
+  const Dtype dtype = kernel_dtype(op, q.scalar_type());
+  const BalancedKernels& table = kernels(dtype);
+  const int64_t bytes = table.attention_scratch(p);
+  parallel_items(p.rows, p.rounds * p.q.tokens * std::min(p.k.size, p.k.tokens) * p.dim / 8,
+                 [&](int64_t row) { table.attention(dtype, p, row, thread_scratch(bytes)); });
+  return {out, lse};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tokenprune, CPU, m) {
+  m.impl("argsort_rows", TORCH_BOX(&argsort_rows));
+  m.impl("balanced_attention", TORCH_BOX(&balanced_attention));
+}
+
+}  // namespace
+}  // namespace tokenprune
