@@ -15,6 +15,23 @@ inline void check_sortable(const char* op, const Tensor& x) {
   TP_CHECK(x.size(1) < (int64_t{1} << 31), op, "x must have less than 2^31 columns, got ", x.size(1));
 }
 
+// Where the first of the values is that does not lie in [0, end), or -1. Eight at a time: orders are long.
+inline int64_t first_outside(const int32_t* values, int64_t n, int64_t end) {
+  typedef uint32_t Eight __attribute__((vector_size(32), aligned(4), may_alias));
+  const auto outside = [&](int64_t i) { return values[i] < 0 || values[i] >= end; };
+  const uint32_t limit = static_cast<uint32_t>(end);
+  Eight bad{};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) bad |= (Eight)(*reinterpret_cast<const Eight*>(values + i) >= limit);
+  bool any = false;
+  for (int lane = 0; lane < 8; ++lane) any |= bad[lane] != 0;
+  for (; i < n; ++i) any |= outside(i);
+  for (i = 0; any && i < n; ++i) {
+    if (outside(i)) return i;
+  }
+  return -1;
+}
+
 // Tensors kept alive while the kernel runs, and the parameters that point into them.
 struct BalancedCall {
   std::vector<Tensor> held;
@@ -72,11 +89,8 @@ struct BalancedCall {
     check_size(op, order_name, order, 2, side.tokens);
     const Tensor& kept = held.emplace_back(as_contiguous(order));
     side.order = data<int32_t>(kept);
-    const int64_t count = kept.numel();
-    int32_t low = 0, high = -1;
-    for (int64_t i = 0; i < count; ++i) low = std::min(low, side.order[i]), high = std::max(high, side.order[i]);
-    TP_CHECK(low >= 0 && high < side.tokens, op, order_name, " must be in [0, ", side.tokens, "), got ",
-             low < 0 ? low : high);
+    const int64_t bad = first_outside(side.order, kept.numel(), side.tokens);
+    TP_CHECK(bad < 0, op, order_name, " must be in [0, ", side.tokens, "), got ", side.order[bad], " at ", bad);
     if (!lengths.has_value()) return;
     TP_CHECK(p.per_row, op, lengths_name, " must be left out unless per_row, got lengths");
     check_dim(op, lengths_name, *lengths, 1, "[R]");

@@ -13,6 +13,7 @@ inline namespace TOKENPRUNE_ISA {
 constexpr int64_t kKeyBlock = 128;                // most keys per step
 constexpr int kKeyTile = kTileVecs == 4 ? 8 : 4;  // keys x 2 vectors of queries in registers
 constexpr int kQueryTile = 4;                     // queries x kTileVecs vectors of channels in registers
+constexpr int64_t kAhead = 8;                     // rows between asking for one and reading it
 constexpr int64_t kMostQueries = 2 * kVecBytes / sizeof(float);
 
 inline int64_t balanced_scratch_bytes(const BalancedParams& p) {
@@ -20,6 +21,11 @@ inline int64_t balanced_scratch_bytes(const BalancedParams& p) {
   return wide * (p.q.tokens * (2 * width + 2) + 2 * (p.k.tokens + kKeyBlock + 1) * width + kMostQueries * width +
                  kKeyBlock * (width + 2 * kMostQueries)) +
          4096;
+}
+
+template <typename T>
+__attribute__((always_inline)) inline void ask_for(const T* p, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + i);
 }
 
 // f.template operator()<R>() for R = rows, at most Most.
@@ -80,8 +86,17 @@ struct BalancedRow {
     __builtin_memset(sums, 0, p.q.tokens * width * sizeof(C));
     for (int64_t i = 0; i < p.q.tokens; ++i) tops[i] = kNegInf<C>, totals[i] = 0;
     // Copied once: rows of a head lie a whole token apart, where they compete for the same cache sets.
-    for (int64_t i = 0; i < p.q.tokens; ++i) to_units(source(p.q_rows, row, i), queries + i * units);
-    for (int64_t i = 0; i < p.k.tokens; ++i) copy_key(row, i, i);
+    for (int64_t i = 0; i < p.q.tokens; ++i) {
+      if (i + kAhead < p.q.tokens) ask_for(source(p.q_rows, row, i + kAhead), p.dim);
+      to_units(source(p.q_rows, row, i), queries + i * units);
+    }
+    for (int64_t i = 0; i < p.k.tokens; ++i) {
+      if (i + kAhead < p.k.tokens) {
+        ask_for(source(p.k_rows, row, i + kAhead), p.dim);
+        ask_for(source(p.v_rows, row, i + kAhead), p.dim);
+      }
+      copy_key(row, i, i);
+    }
     for (int64_t d = 0; d < width; ++d) zeros()[d] = Value{};
   }
 
@@ -201,6 +216,7 @@ struct BalancedRow {
   __attribute__((noinline)) void mix(const int32_t* places, const C* keep, const U* a, int64_t stride, int64_t d) {
     Vec<C> acc[R][V];
     TP_UNROLL for (int r = 0; r < R; ++r) { TP_UNROLL for (int v = 0; v < V; ++v) acc[r][v] = Vec<C>{}; }
+    TP_UNROLL for (int r = 0; r < R; ++r) ask_for(sums + places[r] * width + d, V * w);
     const int64_t steps = ceil_div(count, kPer);
     for (int64_t j = 0; j < steps; ++j) {
       const U* from = value_units(j) + d;
