@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention in balanced clusters: rows of tokens sorted by a hash, and the lists cut into clusters of equal size.
+"""Ops on sorted rows: the sort itself, sampling from sorted scores, and attention in balanced clusters.
 
-From SMYRF (arXiv 2010.05315). Where a query is clustered several times, all its clusters are one softmax: the same as
-merging them by their log-sum-exp.
+Inverse transform sampling is from ATS (arXiv 2111.15667). Balanced clusters are cut from rows sorted by a hash, from SMYRF
+(arXiv 2010.05315); where a query is clustered several times, all its clusters are one softmax: the same as merging them by
+their log-sum-exp.
 """
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._register import autocast_cast, call, check, check_floating, check_index, register, stat_dtype
@@ -15,7 +17,7 @@ from .attention import sparse_attention
 from .merge import Matching, merge_tokens
 from .tokens import select_tokens
 
-__all__ = ["argsort_rows", "balanced_attention"]
+__all__ = ["argsort_rows", "balanced_attention", "sample_rows"]
 
 
 # ---------------------------------------------------------------- public functions
@@ -43,6 +45,61 @@ def argsort_rows(x: Tensor) -> Tensor:
     if x.device.type == "cuda":
         return _reference_argsort(x)
     return call(op, x.device, x.reshape(math.prod(x.shape[:-1]), x.shape[-1])).view(x.shape)
+
+
+def sample_rows(
+    scores: Tensor,
+    grid_points: int,
+    *,
+    grid_counts: Tensor | None = None,
+    valid: Tensor | None = None,
+    published: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Inverse transform sampling of the entries of every row on a fixed grid.
+
+    The cumulative distribution of the ascending scores, scaled to [0, 1], is compared with a uniform grid from its least
+    positive value to 1; the nearest entry of every grid point is kept, duplicates once. So the least significant entry
+    is always dropped. Where there is no distribution (one entry, or no positive score) all are kept.
+
+    Args:
+        scores: ``[B, n]``, not negative.
+        grid_points: G.
+        grid_counts: int ``[B]``: the same per row, at most ``grid_points``; further points repeat the last one.
+        valid: bool ``[B, n]``: candidates (default all); the others never count.
+        published: as in the code behind the published numbers of ATS: other candidates are only told apart by their
+            score 0 (so the least significant of the real ones can be kept beside them), and a largest pick at place 1 is
+            lost (which happens with two entries: none is kept).
+
+    Returns:
+        ``order`` int64 ``[B, n]``, entries by ascending score, those that are no candidates first; ``cdf [B, n]``,
+        cumulative scores in that order, from 0 to 1; ``grid [B, G]``, where the distribution is sampled; ``pick`` int64
+        ``[B, G]``, the place in ``order`` whose ``cdf`` is nearest to each grid point; ``kept`` bool ``[B, n]``, the
+        places in ``order`` that are kept; ``rows`` int32 ``[B, n]``, the kept entries by ascending score, -1 behind
+        them. Without gradients.
+
+    Raises:
+        ValueError, TypeError: wrong shape, dtype or device.
+    """
+    op = "sample_rows"
+    check_floating(op, scores=scores)
+    check(scores.dim() == 2, op, "scores", "have shape [B, n]", tuple(scores.shape))
+    check(grid_points >= 0, op, "grid_points", "be >= 0", grid_points)
+    scores = scores.detach().to(stat_dtype(scores.dtype))
+    if valid is not None:
+        check(valid.dtype == torch.bool, op, "valid", "be bool", valid.dtype, error=TypeError)
+        check(valid.shape == scores.shape, op, "valid", "have shape {}", tuple(valid.shape), tuple(scores.shape))
+        check(valid.device == scores.device, op, "valid", "be on {}", valid.device, scores.device)
+        scores = torch.where(valid, scores, 0)
+    grid_counts = _lengths(op, "grid_counts", grid_counts, scores)
+    scores = scores / scores.sum(1, keepdim=True)
+    # Hidden entries come first. Their order among each other is of no effect: as published, it is that of the sort.
+    order = (scores if valid is None else torch.where(valid, scores, 0 if published else -1)).argsort(
+        dim=1, stable=not published
+    )
+    arguments = scores, order, grid_points, grid_counts, valid, published
+    if scores.device.type == "cuda":
+        return order, *_reference_sample(*arguments)
+    return order, *call(op, scores.device, *arguments)
 
 
 def balanced_attention(
@@ -196,6 +253,12 @@ def _most(q, k, q_size, k_size, per_row):
 # ---------------------------------------------------------------- fake
 
 
+def _fake_sample(scores, order, grid_points, grid_counts, valid, published):
+    grid = scores.new_empty(scores.shape[0], grid_points)
+    cdf, kept, rows = (scores.new_empty(scores.shape, dtype=d) for d in (scores.dtype, torch.bool, torch.int32))
+    return cdf, grid, torch.empty_like(grid, dtype=torch.int64), kept, rows
+
+
 def _fake_balanced(q, k, v, q_order, k_order, q_lengths, k_lengths, key_bias, q_size, k_size, per_row, scale):
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=stat_dtype(q.dtype))
 
@@ -285,6 +348,54 @@ def _reference_argsort(x):
     return x.argsort(dim=-1, stable=True).to(torch.int32)
 
 
+def _reference_sample(scores, order, grid_points, grid_counts, valid, published):
+    valid = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
+    candidate = valid.gather(1, order)
+    total = scores.gather(1, order).cumsum(1)
+    first = torch.zeros_like(candidate.sum(1, keepdim=True)) if published else (~candidate).sum(1, keepdim=True)
+    least = F.pad(total, (0, 1)).gather(1, first)
+    spread = F.pad(total, (1, 0))[:, -1:] - least
+    cdf = ((total - least) / spread).clamp(min=0)
+    grid = _grid(cdf, grid_points, grid_counts)
+    pick = _nearest(cdf, grid)
+    kept = F.pad(torch.zeros_like(valid), (0, 1)).scatter(1, pick, True)[:, :-1]
+    if published and grid_points > 0:
+        lost = torch.arange(kept.shape[1], device=kept.device) == 1
+        kept = kept & ~(lost & (pick.amax(1, keepdim=True) == 1))
+    kept = torch.where(spread > 0, kept, True) & candidate
+    return cdf, grid, pick, kept, _front(order, kept)
+
+
+def _grid(cdf, points, counts):
+    """``y_k = y_0 + (l_k (G - 1) - y_0 k) / (G - 1)``, ``l`` from 0 to 1 in G equal steps; ``[B, points]``."""
+    if counts is None:
+        counts = torch.full((cdf.shape[0],), points, device=cdf.device)
+    counts = counts[:, None].long().clamp(min=1)
+    k = torch.minimum(torch.arange(points, device=cdf.device), counts - 1)
+    last = (counts - 1).clamp(min=1).to(cdf.dtype)
+    # Both ends exact, as torch.linspace has them.
+    steps = torch.where(k < counts // 2, k / last, 1 - (counts - 1 - k) / last)
+    start = F.pad(torch.where(cdf == 0, math.inf, cdf), (0, 1), value=math.inf).amin(1, keepdim=True)
+    return start + (steps * last - start * k) / last
+
+
+def _nearest(cdf, grid):
+    """The first entry of the ascending ``cdf [B, n]`` that is nearest to each value of ``grid [B, G]``."""
+    cdf, last = F.pad(cdf, (0, 1), value=math.inf), cdf.shape[1]  # a last entry that is nearest to nothing
+    above = torch.searchsorted(cdf, grid.contiguous()).clamp(max=last)
+    lower = cdf.gather(1, (above - 1).clamp(min=0))
+    below = torch.searchsorted(cdf, lower).clamp(max=last)  # the first of equal ones
+    return torch.where((cdf.gather(1, above) - grid).abs() < (grid - lower).abs(), above, below)
+
+
+def _front(order, kept):
+    """The kept entries of ``order``, moved to the front, -1 behind them; int32."""
+    batch, patches = order.shape
+    place = torch.where(kept, kept.cumsum(1) - 1, patches)
+    rows = torch.full((batch, patches + 1), -1, dtype=torch.int32, device=order.device)
+    return rows.scatter(1, place, order.to(torch.int32))[:, :patches]
+
+
 def _composite(q, k, v, q_order, k_order, q_lengths, k_lengths, key_bias, q_size, k_size, per_row, scale):
     """Every cluster is a sequence; the rounds of a query are weighted with ``exp(lse)``."""
     rows, tokens, width = q.shape
@@ -315,6 +426,7 @@ def _composite(q, k, v, q_order, k_order, q_lengths, k_lengths, key_bias, q_size
 
 
 register("argsort_rows", fake=lambda x: x.new_empty(x.shape, dtype=torch.int32), reference=_reference_argsort)
+register("sample_rows", fake=_fake_sample, reference=_reference_sample)
 register(
     "balanced_attention",
     fake=_fake_balanced,

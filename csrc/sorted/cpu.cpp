@@ -4,15 +4,14 @@
 #include "../common/parallel.h"
 #include "checks.h"
 #include "cpu_kernels.h"
+#include "sample.h"
 
 namespace tokenprune {
 namespace {
 
 using Optional = std::optional<Tensor>;
 
-const BalancedKernels& kernels(Dtype dtype) {
-  return dtype == kFloat64 ? balanced_kernels_generic : balanced_kernels();
-}
+const SortedKernels& kernels(Dtype dtype) { return dtype == kFloat64 ? sorted_kernels_generic : sorted_kernels(); }
 
 Tensor argsort_rows(const Tensor& input) {
   const char* op = "argsort_rows";
@@ -23,7 +22,7 @@ Tensor argsort_rows(const Tensor& input) {
   int32_t* to = mutable_data<int32_t>(order);
   const char* from = static_cast<const char*>(x.const_data_ptr());
   const Dtype dtype = kernel_dtype(op, x.scalar_type());
-  const BalancedKernels& table = kernels(dtype);
+  const SortedKernels& table = kernels(dtype);
   const int64_t bytes = table.argsort_scratch(n);
   parallel_ranges(x.size(0), n * 16, [&](int64_t begin, int64_t end) {
     char* scratch = thread_scratch(bytes);
@@ -43,15 +42,34 @@ std::tuple<Tensor, Tensor> balanced_attention(const Tensor& q, const Tensor& k, 
          lse = allocate(q, {p.rows, p.q.tokens}, stat_dtype(q.scalar_type()));
   p.out = out.mutable_data_ptr(), p.lse = lse.mutable_data_ptr();
   const Dtype dtype = kernel_dtype(op, q.scalar_type());
-  const BalancedKernels& table = kernels(dtype);
+  const SortedKernels& table = kernels(dtype);
   const int64_t bytes = table.attention_scratch(p);
   parallel_items(p.rows, p.rounds * p.q.tokens * std::min(p.k.size, p.k.tokens) * p.dim / 8,
                  [&](int64_t row) { table.attention(dtype, p, row, thread_scratch(bytes)); });
   return {out, lse};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_rows(const Tensor& scores, const Tensor& order,
+                                                               int64_t grid_points, const Optional& grid_counts,
+                                                               const Optional& valid, bool published) {
+  const char* op = "sample_rows";
+  SampleCall call(op, scores, order, grid_points, grid_counts, valid, published);
+  SampleParams& p = call.p;
+  Tensor cdf = allocate(scores, {p.batch, p.n}), grid = allocate(scores, {p.batch, p.points}),
+         pick = allocate(scores, {p.batch, p.points}, ScalarType::Long),
+         kept = allocate(scores, {p.batch, p.n}, ScalarType::Bool),
+         rows = allocate(scores, {p.batch, p.n}, ScalarType::Int);
+  p.pick = mutable_data<int64_t>(pick), p.cdf = cdf.mutable_data_ptr(), p.grid = grid.mutable_data_ptr();
+  p.kept = mutable_data<bool>(kept), p.rows = mutable_data<int32_t>(rows);
+  const bool wide = scores.scalar_type() == ScalarType::Double;
+  parallel_items(p.batch, (p.n + p.points) * 40,
+                 [&](int64_t row) { wide ? SampleRow<double>(p, row).run(row) : SampleRow<float>(p, row).run(row); });
+  return {cdf, grid, pick, kept, rows};
+}
+
 STABLE_TORCH_LIBRARY_IMPL(tokenprune, CPU, m) {
   m.impl("argsort_rows", TORCH_BOX(&argsort_rows));
+  m.impl("sample_rows", TORCH_BOX(&sample_rows));
   m.impl("balanced_attention", TORCH_BOX(&balanced_attention));
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CPU kernels of this family, compiled once per instruction set.
 #include "cpu_argsort.h"
-#include "cpu_attention.h"
+#include "cpu_balanced.h"
 #include "cpu_kernels.h"
 
 namespace tokenprune {
@@ -18,7 +18,7 @@ bool attention(Dtype dtype, const BalancedParams& p, int64_t row, char* scratch)
 }  // namespace
 }  // namespace TOKENPRUNE_ISA
 
-extern const BalancedKernels TP_TABLE(balanced_kernels) = {argsort_scratch_bytes, argsort, balanced_scratch_bytes,
-                                                           attention};
+extern const SortedKernels TP_TABLE(sorted_kernels) = {argsort_scratch_bytes, argsort, balanced_scratch_bytes,
+                                                       attention};
 
 }  // namespace tokenprune

@@ -8,7 +8,7 @@
 
 namespace tokenprune {
 
-struct BalancedKernels {
+struct SortedKernels {
   // One row of n values.
   int64_t (*argsort_scratch)(int64_t n);
   bool (*argsort)(Dtype, const void* x, int64_t n, int32_t* order, char* scratch);
@@ -17,6 +17,6 @@ struct BalancedKernels {
   bool (*attention)(Dtype, const BalancedParams&, int64_t row, char* scratch);
 };
 
-TP_DECLARE_TABLES(BalancedKernels, balanced_kernels)
+TP_DECLARE_TABLES(SortedKernels, sorted_kernels)
 
 }  // namespace tokenprune

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sorting of rows, and attention in balanced clusters."""
+"""Sorting of rows, sampling from sorted scores, and attention in balanced clusters."""
 
 import math
 
 import pytest
 import torch
 from tokenprune_ext import ops
-from tokenprune_ext.ops.balanced import _composite
+from tokenprune_ext.ops.sorted import _composite, _reference_sample
 
 from tests.conformance import Conformance, OpSpec, Sample, needs_library
 from tests.ops.common import expect, ints
@@ -14,12 +14,14 @@ from tests.spec import DTYPES
 
 SCHEMAS = [
     "argsort_rows(Tensor x) -> Tensor",
+    "sample_rows(Tensor scores, Tensor order, SymInt grid_points, Tensor? grid_counts, Tensor? valid, bool published) "
+    "-> (Tensor cdf, Tensor grid, Tensor pick, Tensor kept, Tensor rows)",
     "balanced_attention(Tensor q, Tensor k, Tensor v, Tensor q_order, Tensor k_order, Tensor? q_lengths, "
     "Tensor? k_lengths, Tensor? key_bias, SymInt q_size, SymInt k_size, bool per_row, float scale) -> "
     "(Tensor out, Tensor lse)",
 ]
 
-CPU_ONLY = True  # on CUDA both are made of other ops
+CPU_ONLY = True  # on CUDA they are made of other ops
 
 
 # ---------------------------------------------------------------- sorting
@@ -92,6 +94,93 @@ def test_argsort_takes_any_leading_dimensions(device):
     assert torch.equal(ops.argsort_rows(x[0, 0]), x[0, 0].argsort(-1).int())
     assert ops.argsort_rows(x[:0]).shape == (0, 3, 5) and ops.argsort_rows(x[..., :0]).shape == (2, 3, 0)
     assert not ops.argsort_rows(x.requires_grad_()).requires_grad
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def make_scores(rng, batch, entries, points, masked=False, empty=False, published=False):
+    scores = torch.rand(batch, entries, generator=rng, dtype=torch.float64) ** 3
+    inputs = {"scores": scores * 0 if empty else scores}
+    if masked:
+        inputs["grid_counts"] = torch.randint(0, points + 1, (batch,), generator=rng).to(torch.int32)
+        inputs["valid"] = torch.rand(batch, entries, generator=rng) < 0.7
+    return Sample(inputs, {"grid_points": points, "published": bool(published)})
+
+
+def sample(scores, grid_counts=None, valid=None, **options):
+    order, cdf, grid, *picks = ops.sample_rows(scores, grid_counts=grid_counts, valid=valid, **options)
+    return order, cdf.nan_to_num(), grid.nan_to_num(), *picks  # NaN where there is no distribution
+
+
+def oracle_sample(scores, grid_counts=None, valid=None, *, grid_points, published):
+    rows = []
+    for b, s in enumerate(scores):
+        ok = [True] * len(s) if valid is None else valid[b].tolist()
+        count = max(grid_points if grid_counts is None else int(grid_counts[b]), 1)
+        rows.append(oracle_row(s * torch.tensor(ok).to(s), ok, grid_points, count, published))
+    if not rows:
+        n, ints = scores.shape[1], torch.int64
+        shapes = (
+            (n, ints),
+            (n, scores.dtype),
+            (grid_points, scores.dtype),
+            (grid_points, ints),
+            (n, torch.bool),
+            (n, ints),
+        )
+        return tuple(scores.new_zeros(0, size, dtype=dtype) for size, dtype in shapes)
+    return tuple(torch.stack(parts) for parts in zip(*rows))
+
+
+def oracle_row(s, ok, points, count, published):
+    n = len(s)
+    s = s / s.sum()
+    key = [v if real else (0.0 if published else -1.0) for v, real in zip(s.nan_to_num(2.0).tolist(), ok)]
+    order = sorted(range(n), key=key.__getitem__)
+    total, hidden = s[order].cumsum(0), 0 if published else ok.count(False)
+    least = total[hidden] if hidden < n else 0
+    cdf, grid, pick = torch.zeros_like(s), s.new_zeros(points), [n] * points
+    kept = [ok[i] for i in order]
+    if n and float(total[-1] - least) > 0:
+        cdf = ((total - least) / (total[-1] - least)).clamp(min=0)
+        start, last = cdf[cdf > 0].min(), max(count - 1, 1)
+        k = torch.arange(points).clamp(max=count - 1)
+        grid = start + (torch.linspace(0 if count > 1 else 1, 1, count, dtype=s.dtype)[k] * last - start * k) / last
+        pick = [min(range(n), key=(cdf - y).abs().tolist().__getitem__) for y in grid]
+        lost = {1} if published and pick and max(pick) == 1 else set()
+        kept = [real and i in set(pick) - lost for i, real in enumerate(kept)]
+    rows = [i for i, keep in zip(order, kept) if keep]
+    numbers = [torch.tensor(t, dtype=torch.int64) for t in (order, pick, rows + [-1] * (n - len(rows)))]
+    return numbers[0], cdf, grid, numbers[1], torch.tensor(kept, dtype=torch.bool), numbers[2]
+
+
+SAMPLES = {
+    "patches": {"batch": 2, "entries": 196, "points": 196},
+    "masked": {"batch": 3, "entries": 50, "points": 80, "masked": True},
+    "fewer_points": {"batch": 2, "entries": 60, "points": 7},
+    "published": {"batch": 2, "entries": 50, "points": 64, "published": True},
+    "two_published": {"batch": 5, "entries": 2, "points": 5, "published": True},
+    "no_scores": {"batch": 2, "entries": 9, "points": 12, "empty": True, "masked": True},
+    "one": {"batch": 1, "entries": 1, "points": 1},
+    "no_rows": {"batch": 0, "entries": 5, "points": 3},
+    "no_entries": {"batch": 2, "entries": 0, "points": 3},
+    "no_points": {"batch": 2, "entries": 5, "points": 0},
+}
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", SAMPLES)
+def test_sample_values_are_those_of_the_reference_to_the_bit(case, dtype, device):
+    made = make_scores(torch.Generator().manual_seed(3), **SAMPLES[case])
+    scores, counts, valid = (made.inputs.get(name) for name in ("scores", "grid_counts", "valid"))
+    scores = (scores / scores.sum(1, keepdim=True) if valid is None else scores * valid).to(dtype)
+    order = scores.argsort(dim=1, stable=True)
+    arguments = (scores, order, made.options["grid_points"], counts, valid, made.options["published"])
+    for ours, theirs in zip(torch.ops.tokenprune.sample_rows(*arguments), _reference_sample(*arguments), strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, atol=0, rtol=0, equal_nan=True)
 
 
 # ---------------------------------------------------------------- attention
@@ -227,6 +316,16 @@ SPECS = [
         lambda n: {"rows": 2, "columns": n},
         {"rows": (0, 3), "columns": (0, 80), "steps": [None, 2]},
     ),
+    OpSpec(
+        "sample_rows",
+        sample,
+        oracle_sample,
+        make_scores,
+        SAMPLES,
+        lambda n: {"batch": 2, "entries": n, "points": 20, "masked": True},
+        {"batch": (0, 3), "entries": (0, 40), "points": (0, 50), "masked": [False, True]},
+        dtypes=(torch.float32, torch.float64),  # rounded scores tie, and as published the sort is not stable
+    ),
     spec("balanced_attention", ROWS, ("q", "k", "v"), sized(), SMALL, FUZZ),
     spec(
         "balanced_attention_ragged",
@@ -306,6 +405,22 @@ WRONG = [
 def test_wrong_arguments(change, error, message):
     arguments = {"q": Q, "k": Q, "v": Q, "q_order": ORDER, "k_order": ORDER, "q_size": 3, "k_size": 3}
     expect(error, "balanced_attention", message, ops.balanced_attention, **{**arguments, **change})
+
+
+SCORES = torch.rand(2, 6)
+WRONG_SAMPLES = [
+    ({"scores": SCORES.long()}, TypeError, "scores must be a float32"),
+    ({"scores": SCORES[0]}, ValueError, r"scores must have shape \[B, n\]"),
+    ({"grid_points": -1}, ValueError, "grid_points must be >= 0, got -1"),
+    ({"grid_counts": ints([1])}, ValueError, r"grid_counts must have shape \[2\]"),
+    ({"valid": SCORES}, TypeError, "valid must be bool"),
+    ({"valid": SCORES[:1] > 0}, ValueError, r"valid must have shape \(2, 6\)"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), WRONG_SAMPLES)
+def test_wrong_samples(change, error, message):
+    expect(error, "sample_rows", message, ops.sample_rows, **{"scores": SCORES, "grid_points": 4, **change})
 
 
 def test_wrong_values_to_sort():

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Arguments of balanced attention, filled and checked once (checks.h). Strides count elements.
+// Arguments of the ops on sorted rows, filled and checked once (checks.h). Strides count elements.
 #pragma once
 
 #include <cstdint>
@@ -30,6 +30,19 @@ struct BalancedParams {
   bool per_row = true;
   double scale = 0;
   void *out = nullptr, *lse = nullptr;  // [rows, q.tokens, dim], [rows, q.tokens]
+};
+
+struct SampleParams {
+  const void* scores = nullptr;     // [batch, n] stat dtype, 0 where not valid
+  const int64_t* order = nullptr;   // [batch, n]
+  const bool* valid = nullptr;      // [batch, n] or null
+  const int32_t* counts = nullptr;  // [batch] or null
+  int64_t batch = 0, n = 0, points = 0;
+  bool published = false;
+  void *cdf = nullptr, *grid = nullptr;  // results: [batch, n], [batch, points]
+  int64_t* pick = nullptr;               // [batch, points]
+  bool* kept = nullptr;                  // [batch, n]
+  int32_t* rows = nullptr;               // [batch, n]
 };
 
 }  // namespace tokenprune

@@ -110,4 +110,49 @@ struct BalancedCall {
   }
 };
 
+struct SampleCall {
+  Tensor scores, order;
+  std::optional<Tensor> valid, counts;
+  SampleParams p;
+
+  SampleCall(const char* op, const Tensor& s, const Tensor& ascending, int64_t grid_points,
+             const std::optional<Tensor>& grid_counts, const std::optional<Tensor>& valid_entries, bool published)
+      : scores(s), order(ascending) {
+    check_dim(op, "scores", s, 2, "[B, n]");
+    check_dtype(op, "scores", s, stat_dtype(s.scalar_type()));
+    TP_CHECK(s.size(1) < (int64_t{1} << 31), op, "scores must have less than 2^31 columns, got ", s.size(1));
+    TP_CHECK(grid_points >= 0, op, "grid_points must be >= 0, got ", grid_points);
+    scores = as_contiguous(s);
+    p.scores = scores.const_data_ptr();
+    p.batch = s.size(0), p.n = s.size(1), p.points = grid_points, p.published = published;
+    check_dim(op, "order", ascending, 2, "[B, n]");
+    check_size(op, "order", ascending, 0, p.batch);
+    check_size(op, "order", ascending, 1, p.n);
+    check_dtype(op, "order", ascending, ScalarType::Long);
+    check_device(op, "order", ascending, s);
+    order = as_contiguous(ascending);
+    p.order = data<int64_t>(order);
+    for (int64_t i = 0; i < p.batch * p.n; ++i) {
+      TP_CHECK(p.order[i] >= 0 && p.order[i] < p.n, op, "order must be in [0, ", p.n, "), got ", p.order[i], " at ", i);
+    }
+    if (grid_counts.has_value()) {
+      check_dim(op, "grid_counts", *grid_counts, 1, "[B]");
+      check_size(op, "grid_counts", *grid_counts, 0, p.batch);
+      check_dtype(op, "grid_counts", *grid_counts, ScalarType::Int);
+      check_device(op, "grid_counts", *grid_counts, s);
+      counts = as_contiguous(*grid_counts);
+      p.counts = data<int32_t>(*counts);
+    }
+    if (valid_entries.has_value()) {
+      check_dim(op, "valid", *valid_entries, 2, "[B, n]");
+      check_size(op, "valid", *valid_entries, 0, p.batch);
+      check_size(op, "valid", *valid_entries, 1, p.n);
+      check_dtype(op, "valid", *valid_entries, ScalarType::Bool);
+      check_device(op, "valid", *valid_entries, s);
+      valid = as_contiguous(*valid_entries);
+      p.valid = data<bool>(*valid);
+    }
+  }
+};
+
 }  // namespace tokenprune
