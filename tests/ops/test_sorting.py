@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from tokenprune_ext import ops
-from tokenprune_ext.ops.sorted import _composite, _reference_sample
+from tokenprune_ext.ops.sorting import _composite, _reference_sample
 
 from tests.conformance import Conformance, OpSpec, Sample, needs_library
 from tests.ops.common import expect, ints

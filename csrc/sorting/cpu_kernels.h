@@ -8,7 +8,7 @@
 
 namespace tokenprune {
 
-struct SortedKernels {
+struct SortingKernels {
   // One row of n values.
   int64_t (*argsort_scratch)(int64_t n);
   bool (*argsort)(Dtype, const void* x, int64_t n, int32_t* order, char* scratch);
@@ -17,6 +17,6 @@ struct SortedKernels {
   bool (*attention)(Dtype, const BalancedParams&, int64_t row, char* scratch);
 };
 
-TP_DECLARE_TABLES(SortedKernels, sorted_kernels)
+TP_DECLARE_TABLES(SortingKernels, sorting_kernels)
 
 }  // namespace tokenprune

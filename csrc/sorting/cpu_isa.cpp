@@ -18,7 +18,7 @@ bool attention(Dtype dtype, const BalancedParams& p, int64_t row, char* scratch)
 }  // namespace
 }  // namespace TOKENPRUNE_ISA
 
-extern const SortedKernels TP_TABLE(sorted_kernels) = {argsort_scratch_bytes, argsort, balanced_scratch_bytes,
-                                                       attention};
+extern const SortingKernels TP_TABLE(sorting_kernels) = {argsort_scratch_bytes, argsort, balanced_scratch_bytes,
+                                                         attention};
 
 }  // namespace tokenprune

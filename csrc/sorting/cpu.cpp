@@ -11,7 +11,7 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
-const SortedKernels& kernels(Dtype dtype) { return dtype == kFloat64 ? sorted_kernels_generic : sorted_kernels(); }
+const SortingKernels& kernels(Dtype dtype) { return dtype == kFloat64 ? sorting_kernels_generic : sorting_kernels(); }
 
 Tensor argsort_rows(const Tensor& input) {
   const char* op = "argsort_rows";
@@ -22,7 +22,7 @@ Tensor argsort_rows(const Tensor& input) {
   int32_t* to = mutable_data<int32_t>(order);
   const char* from = static_cast<const char*>(x.const_data_ptr());
   const Dtype dtype = kernel_dtype(op, x.scalar_type());
-  const SortedKernels& table = kernels(dtype);
+  const SortingKernels& table = kernels(dtype);
   const int64_t bytes = table.argsort_scratch(n);
   parallel_ranges(x.size(0), n * 16, [&](int64_t begin, int64_t end) {
     char* scratch = thread_scratch(bytes);
@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor> balanced_attention(const Tensor& q, const Tensor& k, 
          lse = allocate(q, {p.rows, p.q.tokens}, stat_dtype(q.scalar_type()));
   p.out = out.mutable_data_ptr(), p.lse = lse.mutable_data_ptr();
   const Dtype dtype = kernel_dtype(op, q.scalar_type());
-  const SortedKernels& table = kernels(dtype);
+  const SortingKernels& table = kernels(dtype);
   const int64_t bytes = table.attention_scratch(p);
   parallel_items(p.rows, p.rounds * p.q.tokens * std::min(p.k.size, p.k.tokens) * p.dim / 8,
                  [&](int64_t row) { table.attention(dtype, p, row, thread_scratch(bytes)); });
