@@ -320,11 +320,11 @@ def test_compiled_training_step(options):
 
 
 def test_wrong_arguments():
-    with pytest.raises(ValueError, match=r"ats_sample: scores must have shape \[B, n\]"):
+    with pytest.raises(ValueError, match=r"sample_rows: scores must have shape \[B, n\]"):
         ats_sample(torch.zeros(5), 5)
-    with pytest.raises(TypeError, match="ats_sample: scores must be a float32"):
+    with pytest.raises(TypeError, match="sample_rows: scores must be a float32"):
         ats_sample(torch.zeros(2, 5, dtype=torch.int64), 5)
-    with pytest.raises(ValueError, match="ats_sample: grid_points must be >= 0, got -1"):
+    with pytest.raises(ValueError, match="sample_rows: grid_points must be >= 0, got -1"):
         ats_sample(torch.zeros(2, 5), -1)
 
 

@@ -297,7 +297,7 @@ WRONG = [
 @pytest.mark.parametrize(("change", "error", "message"), WRONG)
 def test_wrong_arguments(change, error, message):
     arguments = {"q": X, "k": X, "v": X, "q_order": ORDER, "k_order": ORDER, "q_size": 3, "k_size": 3, "per_row": False}
-    with pytest.raises(error, match=f"smyrf_attention: {message}"):
+    with pytest.raises(error, match=f"balanced_attention: {message}"):
         smyrf_attention(**{**arguments, **change})
 
 

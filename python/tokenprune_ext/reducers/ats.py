@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..nn import TokenState
-from ..ops import gather_tokens, policy_attention, select_tokens, sparse_attention
-from ..ops._register import check, check_floating, stat_dtype
+from ..ops import gather_tokens, policy_attention, sample_rows, select_tokens, sparse_attention
+from ..ops._register import stat_dtype
 from ._base import Reducer, register
 from ._trace import restore_by_parent
 
@@ -78,78 +78,10 @@ def ats_sample(
     valid: Tensor | None = None,
     published: bool = False,
 ) -> Sample:
-    """Inverse transform sampling of patches on a fixed grid.
-
-    The cumulative distribution of the ascending scores, scaled to [0, 1], is compared with a uniform grid from its least
-    positive value to 1; the nearest entry of every grid point is kept, duplicates once. So the least significant patch
-    is always dropped. Where there is no distribution (one patch, or no positive score) all are kept.
-
-    Args:
-        scores: ``[B, n]`` of the patches, not negative.
-        grid_points: G, the patches that entered the model (not those that are left).
-        grid_counts: int ``[B]``: the same per image, at most ``grid_points``; further points repeat the last one.
-        valid: bool ``[B, n]``: candidates (default all); the others never count.
-        published: as in the code behind the published numbers: other candidates are only told apart by their score 0
-            (so the least significant of the real ones can be kept beside them), and a largest pick at place 1 is lost
-            (which happens with two patches: none is kept).
-
-    Raises:
-        ValueError, TypeError: wrong shape or dtype.
+    """:func:`tokenprune_ext.ops.sample_rows` of the patches' scores ``[B, n]``; ``grid_points``: the patches that entered
+    the model, not those that are left.
     """
-    op = "ats_sample"
-    check_floating(op, scores=scores)
-    check(scores.dim() == 2, op, "scores", "have shape [B, n]", tuple(scores.shape))
-    check(grid_points >= 0, op, "grid_points", "be >= 0", grid_points)
-    scores = scores.detach().to(stat_dtype(scores.dtype))
-    valid = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
-    scores = torch.where(valid, scores, 0)
-    scores = scores / scores.sum(1, keepdim=True)
-    # Hidden tokens come first. Their order among each other is of no effect: as published, it is that of the sort.
-    order = torch.where(valid, scores, 0 if published else -1).argsort(dim=1, stable=not published)
-    candidate = valid.gather(1, order)
-    total = scores.gather(1, order).cumsum(1)
-    first = torch.zeros_like(candidate.sum(1, keepdim=True)) if published else (~candidate).sum(1, keepdim=True)
-    least = F.pad(total, (0, 1)).gather(1, first)
-    spread = F.pad(total, (1, 0))[:, -1:] - least
-    cdf = ((total - least) / spread).clamp(min=0)
-    grid = _grid(cdf, grid_points, grid_counts)
-    pick = _nearest(cdf, grid)
-    kept = F.pad(torch.zeros_like(valid), (0, 1)).scatter(1, pick, True)[:, :-1]
-    if published and grid_points > 0:
-        lost = torch.arange(kept.shape[1], device=kept.device) == 1
-        kept = kept & ~(lost & (pick.amax(1, keepdim=True) == 1))
-    kept = torch.where(spread > 0, kept, True) & candidate
-    return Sample(order, cdf, grid, pick, kept, _front(order, kept))
-
-
-def _grid(cdf, points, counts):
-    """``y_k = y_0 + (l_k (G - 1) - y_0 k) / (G - 1)``, ``l`` from 0 to 1 in G equal steps; ``[B, points]``."""
-    if counts is None:
-        counts = torch.full((cdf.shape[0],), points, device=cdf.device)
-    counts = counts[:, None].long().clamp(min=1)
-    k = torch.minimum(torch.arange(points, device=cdf.device), counts - 1)
-    last = (counts - 1).clamp(min=1).to(cdf.dtype)
-    # Both ends exact, as torch.linspace has them.
-    steps = torch.where(k < counts // 2, k / last, 1 - (counts - 1 - k) / last)
-    start = F.pad(torch.where(cdf == 0, math.inf, cdf), (0, 1), value=math.inf).amin(1, keepdim=True)
-    return start + (steps * last - start * k) / last
-
-
-def _nearest(cdf, grid):
-    """The first entry of the ascending ``cdf [B, n]`` that is nearest to each value of ``grid [B, G]``."""
-    cdf, last = F.pad(cdf, (0, 1), value=math.inf), cdf.shape[1]  # a last entry that is nearest to nothing
-    above = torch.searchsorted(cdf, grid.contiguous()).clamp(max=last)
-    lower = cdf.gather(1, (above - 1).clamp(min=0))
-    below = torch.searchsorted(cdf, lower).clamp(max=last)  # the first of equal ones
-    return torch.where((cdf.gather(1, above) - grid).abs() < (grid - lower).abs(), above, below)
-
-
-def _front(order, kept):
-    """The kept entries of ``order``, moved to the front, -1 behind them; int32."""
-    batch, patches = order.shape
-    place = torch.where(kept, kept.cumsum(1) - 1, patches)
-    rows = torch.full((batch, patches + 1), -1, dtype=torch.int32, device=order.device)
-    return rows.scatter(1, place, order.to(torch.int32))[:, :patches]
+    return Sample(*sample_rows(scores, grid_points, grid_counts=grid_counts, valid=valid, published=published))
 
 
 # Per-token fields of the state, and what a padding row gets.

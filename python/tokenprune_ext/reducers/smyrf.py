@@ -9,11 +9,10 @@ themselves. Rounds are merged by their log-sum-exp.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..nn import TokenState
-from ..ops import Matching, merge_tokens, select_tokens, sparse_attention
+from ..ops import argsort_rows, balanced_attention
 from ..ops._register import check, check_floating, stat_dtype
 from ._base import Reducer, register
 from ._heads import head_bias, head_rows, real_tokens, token_rows
@@ -33,14 +32,19 @@ def smyrf_transform(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     stat = stat_dtype(q.dtype)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         q, k = q.to(stat), k.to(stat)
-        q_norm, k_norm = (t.square().sum(-1, keepdim=True) for t in (q, k))
-        if 0 in (q.shape[1], k.shape[1]):
-            return F.pad(q, (0, 2)), F.pad(k, (0, 2))
-        total = q_norm.amax(1, keepdim=True) + k_norm.amax(1, keepdim=True)
-        q_rest, k_rest = ((total - norm).clamp(min=0).sqrt() for norm in (q_norm, k_norm))
+        q_rest, k_rest = (rest[..., None] for rest in _rests(q, k))
         return torch.cat([q, torch.zeros_like(q_rest), q_rest], -1), torch.cat(
             [k, k_rest, torch.zeros_like(k_rest)], -1
         )
+
+
+def _rests(q, k):
+    """What the transform appends to queries and to keys, ``[R, Nq]``, ``[R, Nk]``."""
+    q_norm, k_norm = (torch.linalg.vector_norm(t, dim=-1).square() for t in (q, k))
+    if 0 in (q.shape[1], k.shape[1]):
+        return q_norm, k_norm
+    total = q_norm.amax(1, keepdim=True) + k_norm.amax(1, keepdim=True)
+    return tuple((total - norm).clamp(min=0).sqrt() for norm in (q_norm, k_norm))
 
 
 def smyrf_hashes(q: Tensor, k: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,22 +72,28 @@ def smyrf_hashes(q: Tensor, k: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Ten
     check(beta.numel() == rounds, op, "beta", "have shape [{}]", tuple(beta.shape), rounds)
     for name, draw in (("alpha", alpha), ("beta", beta)):
         check(draw.device == q.device, op, name, "be on {}", draw.device, q.device)
+    stat = stat_dtype(q.dtype)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        moved = smyrf_transform(q, k)
-        alpha, beta = alpha.to(moved[0].dtype), beta.to(moved[0].dtype).reshape(-1, 1, 1)
-        return tuple((t @ alpha).permute(2, 0, 1).contiguous() + beta for t in moved)
+        q, k = (t.to(stat, memory_format=torch.contiguous_format) for t in (q, k))
+        alpha, beta = alpha.to(stat), beta.to(stat).reshape(-1, 1)
+        q_rest, k_rest = _rests(q, k)
+        # The products of the transformed rows, without making those; straight in the layout of the result.
+        return tuple(
+            torch.addmm(beta, alpha[: width - 2].T, t.reshape(-1, width - 2).T)
+            .addr_(column, rest.flatten())
+            .view(rounds, *rest.shape)
+            for t, rest, column in ((q, q_rest, alpha[width - 1]), (k, k_rest, alpha[width - 2]))
+        )
 
 
 def smyrf_order(hashes: Tensor, hidden: Tensor | None = None) -> Tensor:
-    """Positions by ascending hash, int64 ``[rounds, R, N]``; ties in order of position.
+    """Positions by ascending hash, int32 ``[rounds, R, N]``; ties in order of position.
 
     Args:
         hashes: ``[rounds, R, N]``.
         hidden: bool ``[R, N]``: tokens that come last.
     """
-    if hidden is not None:
-        hashes = hashes.masked_fill(hidden, math.inf)
-    return hashes.argsort(dim=-1, stable=True)
+    return argsort_rows(hashes if hidden is None else hashes.masked_fill(hidden, math.inf))
 
 
 def smyrf_attention(
@@ -101,107 +111,28 @@ def smyrf_attention(
     k_valid: Tensor | None = None,
     key_bias: Tensor | None = None,
 ) -> Tensor:
-    """Attention within clusters of ``q_size`` queries and ``k_size`` keys, merged over the rounds.
-
-    A key that a query meets in several rounds counts several times.
+    """:func:`balanced_attention` with masks instead of lengths.
 
     Args:
-        q: ``[R, Nq, D]``; k, v: ``[R, Nk, D]``; rows of tokens, one per image and head.
-        q_order, k_order: int64 ``[rounds, R, Nq]``, ``[rounds, R, Nk]`` from :func:`smyrf_order`; tokens that are not
-            valid come last.
-        q_size, k_size: cluster sizes. Clusters of one row are as equal as can be and never larger.
-        scale: factor of the logits, default ``D ** -0.5``.
-        per_row: clusters end where a row ends. False: as published, the rounds and rows are one list that is cut every
-            ``q_size`` queries and ``k_size`` keys; where the row length is no multiple of the size, the end of a row
-            shares a cluster with the start of the next one, of another head, image or round.
+        q_order, k_order: from :func:`smyrf_order`; tokens that are not valid come last.
         q_valid, k_valid: bool ``[R, Nq]``, ``[R, Nk]``: slots that hold tokens (default all).
-        key_bias: ``[R, Nk]``, added to the logits of each key.
 
-    Returns:
-        ``[R, Nq, D]``; zeros for queries that met no key. Differentiable in q, k, v and key_bias, also through the
-        weights of the rounds; the order is a constant.
-
-    Raises:
-        ValueError, TypeError: wrong shape, dtype or device; sizes that are not positive; with ``per_row=False`` also a
-            list that is no multiple of its size, or lists with different numbers of clusters.
+    Everything else as in :func:`balanced_attention`.
     """
-    op = "smyrf_attention"
-    _check_rows(op, q, k)
-    check(v.shape == k.shape and v.dtype == k.dtype, op, "v", "be like k {}", tuple(v.shape), tuple(k.shape))
-    rounds, (rows, tokens, width) = q_order.shape[0], q.shape
-    for name, order, like in (("q_order", q_order, q), ("k_order", k_order, k)):
-        wanted = (rounds, *like.shape[:2])
-        check(tuple(order.shape) == wanted, op, name, "have shape {}", tuple(order.shape), list(wanted))
-    for name, size in (("q_size", q_size), ("k_size", k_size)):
-        check(size > 0, op, name, "be positive", size)
-    plain = q_valid is None and k_valid is None
-    check(plain or per_row, op, "per_row", "be True for rows of different lengths", per_row)
-    cut = _cut_rows if per_row else _cut_list
-    (q_index, q_starts), (k_index, k_starts) = cut(q_order, k_order, q_size, k_size, q_valid, k_valid)
-    if key_bias is not None:
-        key_bias = key_bias.flatten()[k_index.clamp(min=0).long()]
-    out, lse = sparse_attention(
-        *(t.reshape(-1, 1, width) for t in (q, k, v)),
-        cu_seqlens_q=q_starts,
-        cu_seqlens_k=k_starts,
-        max_seqlen_q=torch.sym_min(q_size, tokens) if per_row else q_size,
-        max_seqlen_k=torch.sym_min(k_size, k.shape[1]) if per_row else k_size,
-        key_bias=key_bias,
+    return balanced_attention(
+        q,
+        k,
+        v,
+        q_order,
+        k_order,
+        q_size=q_size,
+        k_size=k_size,
         scale=scale,
-        index=q_index,
-        index_k=k_index,
+        per_row=per_row,
+        q_lengths=None if q_valid is None else q_valid.sum(1),
+        k_lengths=None if k_valid is None else k_valid.sum(1),
+        key_bias=key_bias,
     )
-    return _merge_rounds(out, lse, q_index[None], rows * tokens).view(q.shape)
-
-
-def _merge_rounds(out, lse, query, count):
-    """Rounds ``[S, 1, D]`` of the queries ``[1, S]`` (-1 = none) -> ``[count, D]``, weighted with ``exp(lse)``."""
-    matching = Matching(query, query, query, query, count)
-    top = merge_tokens(lse.detach()[..., None], matching, mode="amax")[0][0, :, 0]
-    unseen = lse == -math.inf
-    weight = torch.where(unseen, 0, (torch.where(unseen, 0, lse) - top[query.clamp(min=0).long()]).exp())
-    return merge_tokens(out.view(1, -1, out.shape[-1]), matching, size=weight, mode="weighted")[0][0]
-
-
-def _cut_list(q_order, k_order, q_size, k_size, q_valid, k_valid):
-    """The published cut: one list over rounds, rows and positions."""
-    op, sides = "smyrf_attention", []
-    for name, order, size in (("q_size", q_order, q_size), ("k_size", k_order, k_size)):
-        slots = order.numel()
-        check(slots % size == 0, op, name, "divide rounds * rows * tokens ({})", size, slots)
-        starts = torch.arange(0, slots // size + 1, dtype=torch.int32, device=order.device) * size
-        sides.append((_flat(order), starts))
-    made = [order.numel() // size for order, size in ((q_order, q_size), (k_order, k_size))]
-    inside = [order.shape[2] // size for order, size in ((q_order, q_size), (k_order, k_size))]
-    same = made[0] == made[1] and inside[0] == inside[1]
-    check(same, op, "q_size and k_size", "make as many clusters of queries as of keys", (*made, *inside))
-    return sides
-
-
-def _cut_rows(q_order, k_order, q_size, k_size, q_valid, k_valid):
-    """Every row by itself: the fewest clusters that keep to both sizes, as equal as can be."""
-    lengths = [_lengths(order, valid) for order, valid in ((q_order, q_valid), (k_order, k_valid))]
-    needed = [-(-length // size) for length, size in zip(lengths, (q_size, k_size))]
-    clusters = torch.maximum(*needed).clamp(min=1)
-    slots = torch.sym_max(-(-q_order.shape[2] // q_size), -(-k_order.shape[2] // k_size))
-    number = torch.arange(slots, dtype=torch.int64, device=q_order.device)
-    sides = []
-    for order, valid, length in zip((q_order, k_order), (q_valid, k_valid), lengths):
-        index, begin = _flat(order), None
-        if valid is None:
-            begin = (
-                torch.arange(order.shape[0] * order.shape[1], dtype=torch.int32, device=order.device) * order.shape[2]
-            )
-        else:
-            place = torch.arange(order.shape[2], device=order.device) < length[:, None]
-            chosen = select_tokens(place.expand(order.shape).flatten(0, 1), capacity=order.numel())
-            index = torch.where(chosen.indices < 0, -1, index[chosen.indices.clamp(min=0).long()])
-            begin = chosen.cu_seqlens[:-1]
-        bounds = number.clamp(max=clusters[:, None]) * length[:, None] // clusters[:, None]
-        starts = (begin.view(order.shape[0], -1, 1) + bounds).flatten().to(torch.int32)
-        end = length.sum(0, keepdim=True).to(torch.int32) * order.shape[0]
-        sides.append((index, torch.cat([starts, end])))
-    return sides
 
 
 def _cluster_of(order, size, per_row):
@@ -212,19 +143,7 @@ def _cluster_of(order, size, per_row):
         place = ((place + 1) * -(-tokens // size) - 1) // tokens
     else:
         place = (place + torch.arange(rows, device=order.device)[:, None] * tokens) // size
-    return torch.empty_like(place).scatter_(1, order, place)
-
-
-def _lengths(order, valid):
-    """Tokens of each row, int64 ``[R]``."""
-    rows, tokens = order.shape[1:]
-    return torch.full((rows,), tokens, device=order.device) if valid is None else valid.sum(1)
-
-
-def _flat(order):
-    """Positions within rows -> row numbers of ``[R * N]``, int32 ``[rounds * R * N]``."""
-    rows, tokens = order.shape[1:]
-    return (order + torch.arange(rows, device=order.device)[:, None] * tokens).flatten().to(torch.int32)
+    return torch.empty_like(place).scatter_(1, order.long(), place)
 
 
 def _check_rows(op, q, k):

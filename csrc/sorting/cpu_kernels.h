@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: Apache-2.0
+// What each instruction set's object offers to cpu.cpp.
+#pragma once
+
+#include "../common/half.h"
+#include "../common/isa.h"
+#include "params.h"
+
+namespace tokenprune {
+
+struct SortingKernels {
+  // One row of n values.
+  int64_t (*argsort_scratch)(int64_t n);
+  bool (*argsort)(Dtype, const void* x, int64_t n, int32_t* order, char* scratch);
+  // One row: its queries in all rounds. Rows are independent.
+  int64_t (*attention_scratch)(const BalancedParams&);
+  bool (*attention)(Dtype, const BalancedParams&, int64_t row, char* scratch);
+};
+
+TP_DECLARE_TABLES(SortingKernels, sorting_kernels)
+
+}  // namespace tokenprune

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+// Arguments of the ops on sorted rows, filled and checked once (checks.h). Strides count elements.
+#pragma once
+
+#include <cstdint>
+
+namespace tokenprune {
+
+struct TokenRows {  // [rows, tokens, dim], unit inner stride
+  const void* data = nullptr;
+  int64_t row_stride = 0, token_stride = 0;
+};
+
+struct BalancedSide {
+  const int32_t* order = nullptr;    // [rounds, rows, tokens]
+  const int32_t* lengths = nullptr;  // [rows] or null: all tokens
+  int64_t tokens = 0, size = 0;
+
+  int64_t length(int64_t row) const {
+    if (lengths == nullptr) return tokens;
+    return lengths[row] < 0 ? 0 : lengths[row] < tokens ? lengths[row] : tokens;
+  }
+};
+
+struct BalancedParams {
+  TokenRows q_rows, k_rows, v_rows;
+  BalancedSide q, k;
+  const void* key_bias = nullptr;  // [rows, k.tokens] stat dtype or null
+  int64_t rounds = 0, rows = 0, dim = 0;
+  bool per_row = true;
+  double scale = 0;
+  void *out = nullptr, *lse = nullptr;  // [rows, q.tokens, dim], [rows, q.tokens]
+};
+
+struct SampleParams {
+  const void* scores = nullptr;     // [batch, n] stat dtype, 0 where not valid
+  const int64_t* order = nullptr;   // [batch, n]
+  const bool* valid = nullptr;      // [batch, n] or null
+  const int32_t* counts = nullptr;  // [batch] or null
+  int64_t batch = 0, n = 0, points = 0;
+  bool published = false;
+  void *cdf = nullptr, *grid = nullptr;  // results: [batch, n], [batch, points]
+  int64_t* pick = nullptr;               // [batch, points]
+  bool* kept = nullptr;                  // [batch, n]
+  int32_t* rows = nullptr;               // [batch, n]
+};
+
+}  // namespace tokenprune

@@ -1,0 +1,467 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sorting of rows, sampling from sorted scores, and attention in balanced clusters."""
+
+import math
+
+import pytest
+import torch
+from tokenprune_ext import ops
+from tokenprune_ext.ops.sorting import _composite, _reference_sample
+
+from tests.conformance import Conformance, OpSpec, Sample, needs_library
+from tests.ops.common import expect, ints
+from tests.spec import DTYPES
+
+SCHEMAS = [
+    "argsort_rows(Tensor x) -> Tensor",
+    "sample_rows(Tensor scores, Tensor order, SymInt grid_points, Tensor? grid_counts, Tensor? valid, bool published) "
+    "-> (Tensor cdf, Tensor grid, Tensor pick, Tensor kept, Tensor rows)",
+    "balanced_attention(Tensor q, Tensor k, Tensor v, Tensor q_order, Tensor k_order, Tensor? q_lengths, "
+    "Tensor? k_lengths, Tensor? key_bias, SymInt q_size, SymInt k_size, bool per_row, float scale) -> "
+    "(Tensor out, Tensor lse)",
+]
+
+CPU_ONLY = True  # on CUDA they are made of other ops
+
+
+# ---------------------------------------------------------------- sorting
+
+
+def make_values(rng, rows, columns, steps=None):
+    """``steps``: few distinct values, so that there are ties."""
+    x = torch.randn(rows, columns, generator=rng, dtype=torch.float64)
+    return Sample({"x": x if steps is None else (x * steps).round() / steps})
+
+
+def oracle_sort(x):
+    return torch.tensor([sorted(range(len(row)), key=row.__getitem__) for row in x.tolist()], dtype=torch.int32).view(
+        x.shape
+    )
+
+
+def shaped(name, n=300):
+    """Rows that the fast way does not fit, or that need care."""
+    x = torch.randn(3, n, generator=torch.Generator().manual_seed(n))
+    where = torch.rand(3, n, generator=torch.Generator().manual_seed(n + 1))
+    if name == "nan":
+        x[where < 0.2], x[where > 0.9], x[(where > 0.5) & (where < 0.6)] = math.nan, math.inf, -math.nan
+    elif name == "all_nan":
+        x[:] = math.nan
+    elif name == "mostly_hidden":
+        x[where < 0.7] = math.inf
+    elif name == "zeros_of_both_signs":
+        x = torch.where(where < 0.5, 0.0, -0.0)
+    elif name == "far_apart":
+        x = x.exp().pow(20)
+    elif name == "outliers":
+        x[:, n // 2], x[:, n // 3], x[:, n // 5] = 1e30, -1e-40, 1e-40
+    elif name == "infinite":
+        x[:, n // 2], x[:, n // 3] = -math.inf, math.inf
+    elif name == "descending":
+        x = -torch.arange(3.0 * n).view(3, n)
+    return x
+
+
+SHAPES = (
+    "nan",
+    "all_nan",
+    "mostly_hidden",
+    "zeros_of_both_signs",
+    "far_apart",
+    "outliers",
+    "infinite",
+    "descending",
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("columns", [1, 15, 64, 300, 5000])
+def test_argsort_value_of_awkward_rows(shape, columns, dtype, device):
+    x = shaped(shape, columns).to(device, dtype)
+    assert torch.equal(ops.argsort_rows(x), x.argsort(dim=-1, stable=True).int())
+
+
+def test_argsort_value_of_all_bfloat16_numbers(device):
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
+    x = x[torch.randperm(2**16, generator=torch.Generator().manual_seed(0))].to(device)
+    assert torch.equal(ops.argsort_rows(x), x.argsort(dim=-1, stable=True).int())
+
+
+def test_argsort_takes_any_leading_dimensions(device):
+    x = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)).to(device)
+    assert torch.equal(ops.argsort_rows(x), x.argsort(-1).int())
+    assert torch.equal(ops.argsort_rows(x[0, 0]), x[0, 0].argsort(-1).int())
+    assert ops.argsort_rows(x[:0]).shape == (0, 3, 5) and ops.argsort_rows(x[..., :0]).shape == (2, 3, 0)
+    assert not ops.argsort_rows(x.requires_grad_()).requires_grad
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def make_scores(rng, batch, entries, points, masked=False, empty=False, published=False):
+    scores = torch.rand(batch, entries, generator=rng, dtype=torch.float64) ** 3
+    inputs = {"scores": scores * 0 if empty else scores}
+    if masked:
+        inputs["grid_counts"] = torch.randint(0, points + 1, (batch,), generator=rng).to(torch.int32)
+        inputs["valid"] = torch.rand(batch, entries, generator=rng) < 0.7
+    return Sample(inputs, {"grid_points": points, "published": bool(published)})
+
+
+def sample(scores, grid_counts=None, valid=None, **options):
+    order, cdf, grid, *picks = ops.sample_rows(scores, grid_counts=grid_counts, valid=valid, **options)
+    return order, cdf.nan_to_num(), grid.nan_to_num(), *picks  # NaN where there is no distribution
+
+
+def oracle_sample(scores, grid_counts=None, valid=None, *, grid_points, published):
+    rows = []
+    for b, s in enumerate(scores):
+        ok = [True] * len(s) if valid is None else valid[b].tolist()
+        count = max(grid_points if grid_counts is None else int(grid_counts[b]), 1)
+        rows.append(oracle_row(s * torch.tensor(ok).to(s), ok, grid_points, count, published))
+    if not rows:
+        n, ints = scores.shape[1], torch.int64
+        shapes = (
+            (n, ints),
+            (n, scores.dtype),
+            (grid_points, scores.dtype),
+            (grid_points, ints),
+            (n, torch.bool),
+            (n, ints),
+        )
+        return tuple(scores.new_zeros(0, size, dtype=dtype) for size, dtype in shapes)
+    return tuple(torch.stack(parts) for parts in zip(*rows))
+
+
+def oracle_row(s, ok, points, count, published):
+    n = len(s)
+    s = s / s.sum()
+    key = [v if real else (0.0 if published else -1.0) for v, real in zip(s.nan_to_num(2.0).tolist(), ok)]
+    order = sorted(range(n), key=key.__getitem__)
+    total, hidden = s[order].cumsum(0), 0 if published else ok.count(False)
+    least = total[hidden] if hidden < n else 0
+    cdf, grid, pick = torch.zeros_like(s), s.new_zeros(points), [n] * points
+    kept = [ok[i] for i in order]
+    if n and float(total[-1] - least) > 0:
+        cdf = ((total - least) / (total[-1] - least)).clamp(min=0)
+        start, last = cdf[cdf > 0].min(), max(count - 1, 1)
+        k = torch.arange(points).clamp(max=count - 1)
+        grid = start + (torch.linspace(0 if count > 1 else 1, 1, count, dtype=s.dtype)[k] * last - start * k) / last
+        pick = [min(range(n), key=(cdf - y).abs().tolist().__getitem__) for y in grid]
+        lost = {1} if published and pick and max(pick) == 1 else set()
+        kept = [real and i in set(pick) - lost for i, real in enumerate(kept)]
+    rows = [i for i, keep in zip(order, kept) if keep]
+    numbers = [torch.tensor(t, dtype=torch.int64) for t in (order, pick, rows + [-1] * (n - len(rows)))]
+    return numbers[0], cdf, grid, numbers[1], torch.tensor(kept, dtype=torch.bool), numbers[2]
+
+
+SAMPLES = {
+    "patches": {"batch": 2, "entries": 196, "points": 196},
+    "masked": {"batch": 3, "entries": 50, "points": 80, "masked": True},
+    "fewer_points": {"batch": 2, "entries": 60, "points": 7},
+    "published": {"batch": 2, "entries": 50, "points": 64, "published": True},
+    "two_published": {"batch": 5, "entries": 2, "points": 5, "published": True},
+    "no_scores": {"batch": 2, "entries": 9, "points": 12, "empty": True, "masked": True},
+    "one": {"batch": 1, "entries": 1, "points": 1},
+    "no_rows": {"batch": 0, "entries": 5, "points": 3},
+    "no_entries": {"batch": 2, "entries": 0, "points": 3},
+    "no_points": {"batch": 2, "entries": 5, "points": 0},
+}
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", SAMPLES)
+def test_sample_values_are_those_of_the_reference_to_the_bit(case, dtype, device):
+    made = make_scores(torch.Generator().manual_seed(3), **SAMPLES[case])
+    scores, counts, valid = (made.inputs.get(name) for name in ("scores", "grid_counts", "valid"))
+    scores = (scores / scores.sum(1, keepdim=True) if valid is None else scores * valid).to(dtype)
+    order = scores.argsort(dim=1, stable=True)
+    arguments = (scores, order, made.options["grid_points"], counts, valid, made.options["published"])
+    for ours, theirs in zip(torch.ops.tokenprune.sample_rows(*arguments), _reference_sample(*arguments), strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, atol=0, rtol=0, equal_nan=True)
+
+
+# ---------------------------------------------------------------- attention
+
+
+def make_clusters(rng, rows, queries, keys, dim, rounds, q_size, k_size, per_row=True, ragged=False, bias=False):
+    def normal(*shape):
+        return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+    def order(tokens):
+        return torch.rand(rounds, rows, tokens, generator=rng).argsort(-1).to(torch.int32)
+
+    inputs = {"q": normal(rows, queries, dim), "k": normal(rows, keys, dim), "v": normal(rows, keys, dim)}
+    inputs |= {"q_order": order(queries), "k_order": order(keys)}
+    if ragged:
+        for name, tokens in (("q_lengths", queries), ("k_lengths", keys)):
+            inputs[name] = torch.randint(0, tokens + 1, (rows,), generator=rng).to(torch.int32)
+            inputs[name][-1:] = tokens  # somebody meets two keys: otherwise the gradient is nothing but round-off
+    if bias:
+        hidden = torch.rand(rows, keys, generator=rng) < 0.2
+        inputs["key_bias"] = (
+            normal(rows, keys).masked_fill(hidden, -math.inf) if bias == "hidden" else normal(rows, keys)
+        )
+    return Sample(inputs, {"q_size": q_size, "k_size": k_size, "per_row": bool(per_row)})
+
+
+def meetings(q_order, k_order, q_lengths, k_lengths, q_size, k_size, per_row):
+    """How often every query meets every key, ``[R * Nq, R * Nk]``."""
+    (rounds, rows, queries), keys = q_order.shape, k_order.shape[2]
+    counts = torch.zeros(rows * queries, rows * keys, dtype=torch.float64)
+    lists = [[], []]
+    for t in range(rounds):
+        for r in range(rows):
+            for side, (order, n) in enumerate(((q_order, queries), (k_order, keys))):
+                lists[side].append([r * n + i for i in order[t, r].tolist()])
+    if per_row:
+        pairs = []
+        for i, (mine, others) in enumerate(zip(*lists)):
+            mine = mine if q_lengths is None else mine[: int(q_lengths[i % rows])]
+            others = others if k_lengths is None else others[: int(k_lengths[i % rows])]
+            parts = max(math.ceil(len(mine) / q_size), math.ceil(len(others) / k_size))
+            cuts = [[len(x) * c // parts for c in range(parts + 1)] if parts else [] for x in (mine, others)]
+            pairs += [(mine[a:b], others[c:d]) for a, b, c, d in zip(cuts[0], cuts[0][1:], cuts[1], cuts[1][1:])]
+    else:
+        mine, others = ([i for row in side for i in row] for side in lists)
+        count = len(mine) // q_size
+        pairs = [(mine[c * q_size :][:q_size], others[c * k_size :][:k_size]) for c in range(count)]
+    for mine, others in pairs:
+        for i in mine:
+            counts[i] += torch.bincount(torch.tensor(others, dtype=torch.long), minlength=rows * keys)
+    return counts
+
+
+def oracle(q, k, v, q_order, k_order, q_lengths=None, k_lengths=None, key_bias=None, *, q_size, k_size, per_row):
+    """One softmax over everything that a query met."""
+    counts = meetings(q_order, k_order, q_lengths, k_lengths, q_size, k_size, per_row).to(q.dtype)
+    logits = q.flatten(0, 1) @ k.flatten(0, 1).T * q.shape[2] ** -0.5 + counts.log()
+    logits = logits if key_bias is None else logits + key_bias.flatten()
+    met = (logits > -math.inf).any(1, keepdim=True)
+    weights = torch.where(met, torch.where(met, logits, 0).softmax(1), 0)
+    return (weights @ v.flatten(0, 1)).view(q.shape)
+
+
+def sized(**extra):
+    return lambda n: {"rows": 3, "queries": n, "keys": n, "dim": 16, "rounds": 3, "q_size": 5, "k_size": 7, **extra}
+
+
+ROWS = {
+    "several": {"rows": 3, "queries": 37, "keys": 37, "dim": 16, "rounds": 3, "q_size": 8, "k_size": 8},
+    "exact": {"rows": 2, "queries": 64, "keys": 64, "dim": 64, "rounds": 2, "q_size": 32, "k_size": 32},
+    "odd": {"rows": 2, "queries": 41, "keys": 29, "dim": 7, "rounds": 4, "q_size": 9, "k_size": 4},
+    "wide": {"rows": 2, "queries": 50, "keys": 45, "dim": 136, "rounds": 2, "q_size": 50, "k_size": 20},
+    "large_clusters": {"rows": 2, "queries": 150, "keys": 300, "dim": 20, "rounds": 2, "q_size": 999, "k_size": 999},
+    "single": {"rows": 2, "queries": 9, "keys": 9, "dim": 33, "rounds": 3, "q_size": 1, "k_size": 1},
+    "one": {"rows": 1, "queries": 1, "keys": 1, "dim": 1, "rounds": 1, "q_size": 1, "k_size": 1},
+    "no_rows": {"rows": 0, "queries": 5, "keys": 4, "dim": 8, "rounds": 2, "q_size": 2, "k_size": 2},
+    "no_rounds": {"rows": 2, "queries": 5, "keys": 4, "dim": 8, "rounds": 0, "q_size": 2, "k_size": 2},
+    "no_queries": {"rows": 2, "queries": 0, "keys": 4, "dim": 8, "rounds": 2, "q_size": 2, "k_size": 2},
+    "no_keys": {"rows": 2, "queries": 5, "keys": 0, "dim": 8, "rounds": 2, "q_size": 2, "k_size": 2},
+}
+LISTS = {
+    "published": {"rows": 4, "queries": 33, "keys": 33, "dim": 64, "rounds": 8, "q_size": 32, "k_size": 32},
+    "even": {"rows": 3, "queries": 12, "keys": 12, "dim": 8, "rounds": 2, "q_size": 4, "k_size": 4},
+    "beyond_rows": {"rows": 4, "queries": 11, "keys": 11, "dim": 9, "rounds": 3, "q_size": 44, "k_size": 44},
+    "two_sizes": {"rows": 4, "queries": 10, "keys": 5, "dim": 24, "rounds": 4, "q_size": 4, "k_size": 2},
+    "many_keys": {"rows": 2, "queries": 3, "keys": 150, "dim": 16, "rounds": 3, "q_size": 6, "k_size": 300},
+    "one_row": {"rows": 1, "queries": 17, "keys": 17, "dim": 16, "rounds": 6, "q_size": 6, "k_size": 6},
+}
+FUZZ = {
+    "rows": (0, 3),
+    "queries": (0, 20),
+    "keys": (6, 20),
+    "dim": (1, 40),
+    "rounds": (0, 3),
+    "q_size": (4, 9),
+    "k_size": (4, 9),
+}
+SMALL = {"rows": 2, "queries": 5, "keys": 4, "dim": 3, "rounds": 2, "q_size": 3, "k_size": 2}
+
+
+def spec(name, cases, grads, sized, small, fuzz=None, **extra):
+    return OpSpec(
+        name,
+        ops.balanced_attention,
+        oracle,
+        make_clusters,
+        {n: {**c, **extra} for n, c in cases.items()},
+        sized,
+        fuzz or {},
+        {**small, **extra},
+        grads,
+        frozenset({"key_bias"}),
+        frozenset({"q", "k", "v"}),
+    )
+
+
+LIST_SMALL = {"rows": 2, "queries": 5, "keys": 5, "dim": 3, "rounds": 2, "q_size": 4, "k_size": 4}
+SPECS = [
+    OpSpec(
+        "argsort_rows",
+        ops.argsort_rows,
+        oracle_sort,
+        make_values,
+        {
+            "plain": {"rows": 3, "columns": 200},
+            "ties": {"rows": 3, "columns": 200, "steps": 8},
+            "short": {"rows": 5, "columns": 3},
+            "long": {"rows": 2, "columns": 5000},
+            "one": {"rows": 1, "columns": 1},
+            "no_rows": {"rows": 0, "columns": 7},
+            "no_columns": {"rows": 3, "columns": 0},
+        },
+        lambda n: {"rows": 2, "columns": n},
+        {"rows": (0, 3), "columns": (0, 80), "steps": [None, 2]},
+    ),
+    OpSpec(
+        "sample_rows",
+        sample,
+        oracle_sample,
+        make_scores,
+        SAMPLES,
+        lambda n: {"batch": 2, "entries": n, "points": 20, "masked": True},
+        {"batch": (0, 3), "entries": (0, 40), "points": (0, 50), "masked": [False, True]},
+        dtypes=(torch.float32, torch.float64),  # rounded scores tie, and as published the sort is not stable
+    ),
+    spec("balanced_attention", ROWS, ("q", "k", "v"), sized(), SMALL, FUZZ),
+    spec(
+        "balanced_attention_ragged",
+        ROWS,
+        ("q", "k", "v", "key_bias"),
+        sized(ragged=True, bias=True),
+        SMALL,
+        {**FUZZ, "ragged": [True], "bias": [True]},
+        ragged=True,
+        bias=True,
+    ),
+    spec("balanced_attention_hidden", ROWS, ("q", "k", "v"), sized(bias="hidden"), SMALL, bias="hidden"),
+    spec(
+        "balanced_attention_list",
+        LISTS,
+        ("q", "k", "v"),
+        sized(rounds=4, rows=2, q_size=8, k_size=8, per_row=False),
+        LIST_SMALL,
+        per_row=False,
+    ),
+]
+
+
+class TestBattery(Conformance):
+    specs = SPECS
+
+
+# ---------------------------------------------------------------- rules
+
+ALL = {n: {**c, "bias": "hidden"} for n, c in ROWS.items()} | {n: {**c, "per_row": False} for n, c in LISTS.items()}
+
+
+@needs_library
+@pytest.mark.parametrize("case", ALL)
+def test_log_sum_exp_is_that_of_the_composite(case, device):
+    sample = make_clusters(torch.Generator().manual_seed(1), **ALL[case])
+    tensors = {n: t.to(device) for n, t in sample.inputs.items()}
+    options = [sample.options[n] for n in ("q_size", "k_size", "per_row")]
+    lengths = tensors.get("q_lengths"), tensors.get("k_lengths"), tensors.get("key_bias")
+    arguments = [tensors[n] for n in ("q", "k", "v", "q_order", "k_order")] + [*lengths, *options, 0.3]
+    if device.type == "cpu":
+        torch.testing.assert_close(torch.ops.tokenprune.balanced_attention(*arguments), _composite(*arguments))
+
+
+def test_nan_stays_in_its_clusters(device):
+    sample = make_clusters(torch.Generator().manual_seed(1), **{**ROWS["several"], "rounds": 1})
+    q, k, v, q_order, k_order = (t.to(device) for t in sample.inputs.values())
+    clean = ops.balanced_attention(q, k, v, q_order, k_order, **sample.options)
+    k[1, 5] = math.nan
+    out = ops.balanced_attention(q, k, v, q_order, k_order, **sample.options)
+    bad = out.isnan().any(-1)
+    assert bool(bad[1].any()) and not bool(bad[0].any()) and not bool(bad[2].any())
+    assert torch.equal(out[~bad], clean[~bad])
+
+
+Q, ORDER = torch.randn(2, 6, 8), torch.arange(6, dtype=torch.int32).expand(3, 2, 6)
+WRONG = [
+    ({"q": Q.long()}, TypeError, "q must be a float32"),
+    ({"q": Q[0]}, ValueError, r"q must have shape \[R, N, D\]"),
+    ({"k": Q[:1]}, ValueError, "k must have shape"),
+    ({"v": Q[:, :5]}, ValueError, "v must be like k"),
+    ({"k": Q.double()}, TypeError, "k must have the dtype of q"),
+    ({"q_order": ORDER.float()}, TypeError, "q_order must be int32 or int64"),
+    ({"q_order": ORDER[:, :1]}, ValueError, "q_order must have shape"),
+    ({"k_order": ORDER[:2]}, ValueError, "k_order must have shape"),
+    ({"q_size": 0}, ValueError, "q_size must be positive, got 0"),
+    ({"k_size": -2}, ValueError, "k_size must be positive, got -2"),
+    ({"q_lengths": ints([1, 2, 3])}, ValueError, r"q_lengths must have shape \[2\]"),
+    ({"key_bias": Q[0]}, ValueError, r"key_bias must have shape \[2, 6\]"),
+    ({"per_row": False, "q_size": 5}, ValueError, r"q_size must divide rounds \* rows \* tokens \(36\), got 5"),
+    ({"per_row": False, "k_size": 4}, ValueError, "q_size and k_size must make as many clusters"),
+    ({"per_row": False, "k_lengths": ints([1, 2])}, ValueError, "per_row must be True for rows of different lengths"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), WRONG)
+def test_wrong_arguments(change, error, message):
+    arguments = {"q": Q, "k": Q, "v": Q, "q_order": ORDER, "k_order": ORDER, "q_size": 3, "k_size": 3}
+    expect(error, "balanced_attention", message, ops.balanced_attention, **{**arguments, **change})
+
+
+SCORES = torch.rand(2, 6)
+WRONG_SAMPLES = [
+    ({"scores": SCORES.long()}, TypeError, "scores must be a float32"),
+    ({"scores": SCORES[0]}, ValueError, r"scores must have shape \[B, n\]"),
+    ({"grid_points": -1}, ValueError, "grid_points must be >= 0, got -1"),
+    ({"grid_counts": ints([1])}, ValueError, r"grid_counts must have shape \[2\]"),
+    ({"valid": SCORES}, TypeError, "valid must be bool"),
+    ({"valid": SCORES[:1] > 0}, ValueError, r"valid must have shape \(2, 6\)"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), WRONG_SAMPLES)
+def test_wrong_samples(change, error, message):
+    expect(error, "sample_rows", message, ops.sample_rows, **{"scores": SCORES, "grid_points": 4, **change})
+
+
+def test_wrong_values_to_sort():
+    expect(TypeError, "argsort_rows", "x must be a float32", ops.argsort_rows, ORDER)
+    expect(ValueError, "argsort_rows", r"x must have shape \[..., N\]", ops.argsort_rows, torch.tensor(1.0))
+
+
+@needs_library
+@pytest.mark.parametrize("place", [-1, 6])
+@pytest.mark.parametrize("name", ["q_order", "k_order"])
+def test_an_order_that_leaves_its_row(name, place):
+    wrong = ORDER.clone()
+    wrong[2, 1, 3] = place
+    arguments = {"q": Q, "k": Q, "v": Q, "q_order": ORDER, "k_order": ORDER, "q_size": 3, "k_size": 3, name: wrong}
+    expect(
+        RuntimeError,
+        "balanced_attention",
+        rf"{name} must be in \[0, 6\), got {place}",
+        ops.balanced_attention,
+        **arguments,
+    )
+
+
+@needs_library
+def test_orders_that_name_tokens_twice_are_safe():
+    twice = torch.zeros(3, 2, 6, dtype=torch.int32)
+    out = ops.balanced_attention(Q, Q, Q, twice, twice, q_size=4, k_size=3)
+    assert out.isfinite().all()
+
+
+def test_flops_are_those_of_the_clusters(device):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        ops.balanced_attention(Q, Q, Q, ORDER, ORDER, q_size=4, k_size=3)
+    assert counter.get_total_flops() == 4 * 8 * 3 * 2 * (3 * 3 + 3 * 3)
+    with FlopCounterMode(display=False) as counter:
+        ops.balanced_attention(
+            Q, Q, Q, ORDER, ORDER, q_size=4, k_size=3, q_lengths=ints([6, 0]), k_lengths=ints([5, 2])
+        )
+    assert counter.get_total_flops() == 4 * 8 * 3 * (3 * 2 + 3 * 3)
+    with FlopCounterMode(display=False) as counter:
+        ops.balanced_attention(Q, Q, Q, ORDER, ORDER, q_size=4, k_size=4, per_row=False)
+    assert counter.get_total_flops() == 4 * 8 * 36 * 4
