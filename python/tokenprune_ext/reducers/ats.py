@@ -195,8 +195,7 @@ class ATS(Reducer):
         return None if self.layers else [(n, n)] * depth
 
     def _step(self, x, state, layer, branch):
-        z = branch.norm(x)
-        q, k, v = branch.qkv(z, state)
+        q, k, v, z = branch.start(x, state)
         if self.per_image:
             policy = _visible(x, state)
             scores = _scores_alone(q, k, v, state, branch.logit_scale)
@@ -212,9 +211,8 @@ class ATS(Reducer):
             policy = torch.ones(x.shape[:2], device=x.device) if policy is None else policy
             mixed = kept.take(policy_attention(q, k, v, policy, self.eps, scale=branch.logit_scale).flatten(2))
         after = _follow(state, kept, layer, hide=self.per_image)
-        z = kept.take(z)
-        y = branch.scale(branch.out(mixed, z), after)
-        y = y + (z if self.residual == "normed" else kept.take(x))
+        taken = kept.take(x) if self.residual != "normed" else kept.take(branch.norm(x) if z is None else z)
+        y = branch.finish(taken, mixed, None if z is None else kept.take(z), after)
         return (y if state.packed else y * after.carry["ats.policy"][..., None].to(y.dtype)), after
 
     def _keep(self, scores, policy, state):

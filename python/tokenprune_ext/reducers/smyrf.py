@@ -226,8 +226,7 @@ class SMYRF(Reducer):
         if layer not in self.layers:
             return super().attention(x, state, layer, branch)
         branch.check_own_attention()
-        z = branch.norm(x)
-        like, k, v = branch.qkv(z, state)
+        like, k, v, z = branch.start(x, state)
         valid, bias = real_tokens(like, state), head_bias(like, state)
         q, k, v = (head_rows(t, state) for t in (like, k, v))
         alpha, beta = state.carry[f"smyrf.alpha.{layer}"], state.carry[f"smyrf.beta.{layer}"]
@@ -252,7 +251,7 @@ class SMYRF(Reducer):
         if "parent" in state.carry:  # a trace
             clusters = _cluster_of(orders[0][0], self.cluster_size, self.per_row)
             state = state.with_carry(**{f"smyrf.q_clusters.{layer}": clusters.view(-1, like.shape[-2], q.shape[1])})
-        return x + branch.scale(branch.out(token_rows(mixed, state, like), z), state), state
+        return branch.finish(x, token_rows(mixed, state, like), z, state), state
 
     def plan(self, depth: int, n: int) -> list[tuple[int, int]]:
         """All tokens pass everywhere."""
