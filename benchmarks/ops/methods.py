@@ -134,17 +134,11 @@ class _Bare:
     def check_own_attention(self):
         """Nothing stands in the way here."""
 
-    def norm(self, x):
-        return x
+    def start(self, x, state):
+        return *self._qkv, x
 
-    def qkv(self, z, state):
-        return self._qkv
-
-    def out(self, mixed, z):
+    def finish(self, x, mixed, z, state):
         return mixed
-
-    def scale(self, y, state):
-        return y
 
 
 def _step(name: str, qkv: tuple[Tensor, ...], carry: dict[str, Tensor], **options) -> Callable:
