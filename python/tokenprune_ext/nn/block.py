@@ -120,7 +120,7 @@ class AttentionBranch:
         return q, k, v
 
     def check_own_attention(self) -> None:
-        """For methods that put their own attention between :meth:`qkv` and :meth:`out`.
+        """For methods that put their own attention between :meth:`start` and :meth:`finish`.
 
         Raises:
             ValueError: the model's attention does what such a method does not: it drops attention weights, or adds a bias
