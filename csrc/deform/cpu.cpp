@@ -11,6 +11,7 @@ using Optional = std::optional<Tensor>;
 
 const DeformKernels& kernels(Dtype dtype) { return dtype == kFloat64 ? deform_kernels_generic : deform_kernels(); }
 
+constexpr int64_t kShares = 16;             // of the ranges for each thread: they take different times
 constexpr int64_t kMostBand = 8 << 20;      // bytes of one band's gradient
 constexpr int64_t kMostStreams = 64 << 20;  // bytes of the streams of one group of images
 
@@ -19,13 +20,18 @@ int64_t bytes_of(const Tensor& t) {
   return t.numel() * (dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2);
 }
 
-// f(range) for all ranges of queries of `images` images.
+// f(range) for all ranges of queries of `images` images. A thread takes several neighbours at a time: each finds values
+// in the cache that the one before has read.
 template <typename F>
 void for_ranges(const DeformParams& p, const QueryOrder& order, int64_t first_image, int64_t images, const F& f) {
   const auto [first, last] = order.ranges_of(first_image, images);
   const int64_t work = p.heads * (p.levels * p.points + 1) * (p.dim / 4 + 8);
-  parallel_items(last - first, std::min(kRange, p.queries) * work,
-                 [&, first = first](int64_t item) { f(order.ranges()[first + item]); });
+  const int64_t count = last - first, step = std::max<int64_t>(1, count / (kShares * torch::stable::get_num_threads()));
+  parallel_items((count + step - 1) / step, step * std::min(kRange, p.queries) * work,
+                 [&, first = first, last = last](int64_t item) {
+                   const int64_t begin = first + item * step, end = std::min<int64_t>(last, begin + step);
+                   for (int64_t i = begin; i < end; ++i) f(order.ranges()[i]);
+                 });
 }
 
 Tensor forward(DeformCall& call) {
