@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from tokenprune_ext import _library, reducers
+from tokenprune_ext import _library, pack, reducers
 from tokenprune_ext.nn import TokenState, run_block
 from tokenprune_ext.reducers import Reducer
 from torch import nn
@@ -133,6 +133,21 @@ def test_padded_and_packed_are_equal(name, options):
     torch.testing.assert_close(z.view(y.shape), y, atol=1e-12, rtol=1e-12)
     assert torch.equal(padded.carry["parent"], packed.carry["parent"])
     assert torch.equal(padded.index.flatten(), packed.index.flatten())
+
+
+@pytest.mark.skipif(not _library.cpu_loaded(), reason="the compiled library is not loaded")
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_packed_weights_change_nothing(name, options, flat):
+    blocks, x = tiny_blocks(), tokens()
+    reducer = make(name, options)
+    state = given_noise(reducer, x)
+    with torch.no_grad():
+        x, state = state.as_packed(x) if flat else (x, state)
+        expected, _ = walk(blocks, x, reducer, state)
+        got, _ = walk(pack(blocks), x, reducer, state)
+    assert blocks[0].parts().attention.is_packed
+    torch.testing.assert_close(got, expected, atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)

@@ -90,8 +90,9 @@ class AttentionBranch:
     def start(self, x: Tensor, state: TokenState, rows: Tensor | None = None) -> tuple:
         """Norm and projection of tokens ``x``: queries, keys, values, each ``[..., H, D]``, and what :meth:`finish` wants.
 
-        With ``rows``, int32 ``[T]`` row numbers of ``x [R, C]``, the tokens are those rows.
+        With ``rows``, int32 ``[T]`` flat row numbers of ``x``, the tokens are those rows.
         """
+        x = x if rows is None else x.flatten(0, -2)
         norm, parts = plain_norm(self.norm), self._parts()
         if norm is not None and self._gate is None and all([fusible(part, x, norm[0], norm[1]) for part in parts]):
             return *self._heads([part.fused(x, norm=norm, index=rows) for part in parts], state), None
@@ -218,7 +219,7 @@ class AttentionBranch:
     def add(self, x: Tensor, state: TokenState, want: str | None = None, rows: Tensor | None = None):
         """``x`` plus the branch (and the by-product); norm, projection and residual in one pass each when packed.
 
-        With ``rows``, int32 ``[T]`` row numbers of ``x [R, C]``, of those rows alone: ``[T, C]``.
+        With ``rows``, int32 ``[T]`` flat row numbers of ``x``, of those rows alone: ``[T, C]``.
         """
         *heads, z = self.start(x, state, rows)
         mixed, product = self.mix(*heads, state, want)
