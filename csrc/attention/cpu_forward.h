@@ -181,7 +181,7 @@ void forward_item(const AttentionParams& p, int64_t item, int64_t chunks, char* 
   U* staged = arena.take<U>(sizeof(T) == sizeof(U) ? 0 : Plan::kPanel * plan.dim_units);
   C* bias = arena.take<C>(padded);
   C* cls = arena.take<C>(padded);
-  auto* weights = arena.take<typename WeightOf<T>::type>(kStrip * plan.stride);
+  auto* weights = arena.take<typename PackedValue<T>::type>(kStrip * plan.stride);
   C* out = arena.take<C>(kStrip * plan.width);
   C* stats = arena.take<C>(2 * kStrip);
   C* queue = arena.take<C>(kTileRows * kTileVecs * kLanes<C>);

@@ -7,16 +7,6 @@
 namespace tokenprune {
 inline namespace TOKENPRUNE_ISA {
 
-// What the second product multiplies: bfloat16 with pairs, compute values otherwise.
-template <typename T, bool Pairs = kUsesPairs<T>>
-struct WeightOf {
-  using type = Compute<T>;
-};
-template <typename T>
-struct WeightOf<T, true> {
-  using type = BFloat16;
-};
-
 // Turns the tiles of a strip's product with one key block into weights, exp2(logit - shift). A finished tile only
 // leaves its logits here: their exponentials are computed between the products of the next tile, in units that would
 // idle.
@@ -27,7 +17,7 @@ template <typename T>
 struct OnlineSoftmax : StoreOnly {
   using C = Compute<T>;
   using U = typename Packed<T>::type;
-  using Weight = typename WeightOf<T>::type;
+  using Weight = typename PackedValue<T>::type;
   static constexpr bool kStore = false;
   static constexpr C kSlack = 16;
   static constexpr int kW = kLanes<C>;

@@ -75,6 +75,16 @@ struct Packed<T, true> {
   using type = uint32_t;
 };
 
+// What a unit holds: pairs of T, or one compute value.
+template <typename T, bool Pairs = kUsesPairs<T>>
+struct PackedValue {
+  using type = Compute<T>;
+};
+template <typename T>
+struct PackedValue<T, true> {
+  using type = T;
+};
+
 // Rows -> rows of units, for queries ([n, dim_units]) and as source of the key panels.
 template <typename T>
 void pack_units(const RowView<T>& rows, int64_t begin, int64_t n, int64_t dim, int64_t units,

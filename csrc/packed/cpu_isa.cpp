@@ -62,15 +62,6 @@ Vec<C> activate(Vec<C> x) {
 
 // ---- input rows
 
-template <bool Pairs, typename T>
-struct UnitValue {  // what the units of T hold
-  using type = Compute<T>;
-};
-template <typename T>
-struct UnitValue<true, T> {
-  using type = T;
-};
-
 // Rows [begin, begin + n) -> units [n, stride]; LayerNorm on the way.
 template <typename T>
 void pack_input(const PackedLinearParams& p, int64_t begin, int64_t n, int64_t stride, typename Packed<T>::type* out) {
@@ -80,7 +71,7 @@ void pack_input(const PackedLinearParams& p, int64_t begin, int64_t n, int64_t s
     for (int64_t i = 0; i < n; ++i) pack_units<T>(rows, begin + i, 1, k, units, out + i * stride);
     return;
   }
-  using S = typename UnitValue<kUsesPairs<T>, T>::type;
+  using S = typename PackedValue<T>::type;
   const T* weight = static_cast<const T*>(p.norm_weight);
   const T* bias = static_cast<const T*>(p.norm_bias);
   for (int64_t i = 0; i < n; ++i) {

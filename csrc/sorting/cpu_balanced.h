@@ -37,15 +37,6 @@ inline void with_rows(int64_t rows, F&& f) {
   f.template operator()<Most>();
 }
 
-template <typename T, bool Pairs = kUsesPairs<T>>
-struct PackedValue {
-  using type = Compute<T>;
-};
-template <typename T>
-struct PackedValue<T, true> {
-  using type = T;
-};
-
 template <typename T>
 struct BalancedRow {
   using U = typename Packed<T>::type;
