@@ -20,6 +20,7 @@ import torch
 from tokenprune_ext import _flops, _library, _variants, reducers
 from tokenprune_ext._images import load_photo, preprocess
 from tokenprune_ext.integrations import timm as timm_vit
+from tokenprune_ext.nn import PackedPatches
 from tokenprune_ext.profiling import LayerTokens, time_parts, total_macs, vit_macs
 from tokenprune_ext.reducers import smyrf
 from torch import Tensor, nn
@@ -187,6 +188,8 @@ def _work(model: nn.Module, images: Tensor) -> tuple[dict[str, float], list[floa
     """Multiply-adds per image by part, and mean tokens per layer."""
     layers = _layers(model, images)
     macs = _own_attention(model, images, layers, vit_macs(model, layers))
+    if isinstance(model.patch_embed.proj, PackedPatches):  # runs, and is timed, as a linear layer
+        macs["linear"], macs["conv"] = macs["linear"] + macs["conv"], 0.0
     return macs, [layer.mean for layer in layers]
 
 
@@ -215,7 +218,7 @@ def _dense_shares(context: Context, place: Place, dense, macs: dict[str, float])
 
 def _expected(shares: dict[str, float], dense: dict[str, float], reduced: dict[str, float]) -> float:
     """Speed-up if every part of the dense model shrank as its own work does."""
-    return 1 / sum(share * reduced[part] / dense[part] for part, share in shares.items())
+    return 1 / sum(share * (reduced[part] / dense[part] if dense[part] else 1) for part, share in shares.items())
 
 
 # ---------------------------------------------------------------- checking

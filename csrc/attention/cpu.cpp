@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // CPU registration: checks, allocation, and the loop over independent items.
+#include "cpu.h"
+
 #include "../common/dtype.h"
 #include "../common/parallel.h"
 #include "checks.h"
@@ -21,6 +23,8 @@ void fill(const Tensor& t, double value) {
 
 // Whether the sequences cover all rows; otherwise the uncovered ones need their defined values.
 bool covers(const int32_t* cu, int64_t batch, int64_t total) { return cu[batch] == total; }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> sparse_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                                     const Tensor& cu_q, const Tensor& cu_k, int64_t max_q,
@@ -44,6 +48,8 @@ std::tuple<Tensor, Tensor, Tensor> sparse_attention(const Tensor& q, const Tenso
                  [&](int64_t item) { table.forward(dtype, p, item, chunks, thread_scratch(bytes)); });
   return {out, lse, cls};
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_attention_backward(
     const Optional& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Optional& out, const Tensor& lse,

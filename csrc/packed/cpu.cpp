@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // CPU registration: checks, allocation, and the loops over strips of rows.
+#include "cpu.h"
+
 #include <algorithm>
 
 #include "../common/dtype.h"
@@ -31,6 +33,8 @@ Tensor pack_linear(const Tensor& weight_) {
   return packed;
 }
 
+}  // namespace
+
 Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t out_features, const Optional& bias, bool norm,
                      const Optional& norm_weight, const Optional& norm_bias, double norm_eps, int64_t act,
                      const Optional& scale, const Optional& residual, const Optional& indices) {
@@ -61,6 +65,8 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t out_features
                  [&](int64_t item) { table.linear(dtype, p, item, chunks, thread_scratch(bytes)); });
   return y;
 }
+
+namespace {
 
 STABLE_TORCH_LIBRARY_IMPL(tokenprune, CPU, m) {
   m.impl("pack_linear", TORCH_BOX(&pack_linear));

@@ -11,7 +11,7 @@ PARTS = ("linear", "conv", "attention", "deformable", "reduction", "other")
 
 _LINEAR = {"aten.addmm", "aten.mm", "aten._addmm_activation", "aten.linear", "mkldnn._linear_pointwise"}
 _ATTENTION = {"aten.bmm", "aten.baddbmm", "aten._softmax", "aten._safe_softmax"}
-_OWN_LINEAR = ("packed_linear", "gather_linear")
+_OWN_LINEAR = ("packed_linear", "packed_attention", "packed_mlp", "gather_linear")  # attention: mostly
 _OWN_ATTENTION = ("sparse_attention", "attention_scores", "policy_attention")
 
 

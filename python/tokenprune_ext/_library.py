@@ -62,8 +62,8 @@ def require() -> None:
 def has_kernels(device_type: str) -> bool:
     """Whether ops on tensors of this device type run compiled (or shape-only) kernels."""
     if device_type == "cuda":
-        return cuda_loaded()
-    return device_type in ("cpu", "meta") and cpu_loaded()
+        return cuda_error is None
+    return cpu_error is None and device_type in ("cpu", "meta")
 
 
 def hopper_unit(name: str, device: torch.device):

@@ -82,7 +82,7 @@ def branch(pair_bias, **options):
 
 def weights_of(attention, x, bias):
     """Attention weights ``[H, n, n]`` and values of one image ``[n, C]`` under ``bias [H, n, n]``."""
-    q, k, v = attention._qkv(x).unflatten(-1, (3, HEADS, DIM)).unbind(1)
+    q, k, v = attention.qkv(x, None)
     logits = torch.einsum("qhd,khd->hqk", q, k) * DIM**-0.5 + bias
     return logits.softmax(-1), v
 
@@ -114,7 +114,7 @@ def test_bias_follows_the_index(prefix, keys):
             given = gathered(full, index[b], prefix) + (bias[b] if keys else 0)
             weights, v = weights_of(attention, x[b], given)
             torch.testing.assert_close(out[b], torch.einsum("hqk,khd->qhd", weights, v).flatten(1))
-            key = attention._qkv(x[b]).unflatten(-1, (3, HEADS, DIM))[:, 1]
+            key = attention.qkv(x[b], None)[1]
             expected = {"key": key.mean(1), "keys": key, "cls": weights[:, 0].mean(0), "mean": weights.mean((0, 1))}
             if want is not None:
                 torch.testing.assert_close(product[b], expected[want])

@@ -7,7 +7,7 @@ import pytest
 import tokenprune_ext
 import torch
 import torch.nn.functional as F
-from tokenprune_ext import ops
+from tokenprune_ext import ops, profiling
 from torch import nn
 
 from tests.conformance import Conformance, OpSpec, Sample, needs_library
@@ -192,6 +192,46 @@ def test_pack_keeps_values_parameters_and_state():
 
 
 @needs_library
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 3, 32, 24), (1, 3, 35, 31), (0, 3, 32, 32), (1, 3, 7, 8)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_packed_patch_embedding_equals_the_convolution(shape, memory_format, dtype):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 20, (7, 8), stride=(7, 8)).to(dtype=dtype, memory_format=memory_format)
+    x = torch.randn(shape).to(dtype=dtype, memory_format=memory_format)
+    expected = F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), stride=(7, 8))
+    tokenprune_ext.pack(conv)
+    got = conv(x)
+    assert type(conv) is tokenprune_ext.nn.PackedPatches and got.dtype == dtype and got.shape == expected.shape
+    limit = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(got.double(), expected, rtol=limit, atol=limit)
+    assert got.flatten(2).transpose(1, 2).is_contiguous()  # tokens come out as they are needed
+    assert type(tokenprune_ext.unpack(conv)) is nn.Conv2d
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "options",
+    [{"stride": 4}, {"padding": 1}, {"dilation": 2}, {"groups": 3}, {"kernel_size": 4, "stride": 4}],
+    ids=lambda options: next(iter(options)),
+)
+def test_other_convolutions_stay_as_they_are(options):
+    conv = nn.Conv2d(3, 6, **{"kernel_size": 8, "stride": 8, **options})
+    assert type(tokenprune_ext.pack(conv)) is nn.Conv2d
+
+
+@needs_library
+def test_a_packed_patch_embedding_refuses_what_the_convolution_refuses():
+    conv = tokenprune_ext.pack(nn.Conv2d(3, 6, 8, stride=8))
+    with torch.no_grad():
+        for x in (torch.randn(1, 4, 16, 16), torch.randn(1, 3, 7, 16), torch.randn(3, 3), torch.ones(1, 3, 8, 8).int()):
+            with pytest.raises(RuntimeError):
+                conv(x)
+        assert conv(torch.randn(3, 16, 16)).shape == (6, 2, 2)
+
+
+@needs_library
 def test_packed_layers_still_train():
     model, x = tokenprune_ext.pack(layers()), torch.randn(7, 16)
     plain = layers()
@@ -363,3 +403,17 @@ def test_saving_a_packed_model_leaves_the_copy_behind(tmp_path):
     with torch.no_grad():
         x = torch.randn(2, 16)
         assert torch.equal(again(x), model(x))
+
+
+@needs_library
+@torch.no_grad()
+def test_halves_of_a_block_run_in_one_call_unless_their_ops_are_counted():
+    model, x = tokenprune_ext.pack(small_vit()), torch.randn(2, 3, 32, 32)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        model(x)
+    names = [event.name for event in profiled.events()]
+    assert names.count("tokenprune::packed_attention") == names.count("tokenprune::packed_mlp") == 2
+    plain = profiling.count_flops(lambda: tokenprune_ext.unpack(copy.deepcopy(model))(x))
+    counted = profiling.count_flops(lambda: model(x))
+    assert counted["attention"] == plain["attention"]  # attention and layers are told apart
+    assert counted["linear"] == plain["linear"] + plain["conv"]  # the patches go through a packed product

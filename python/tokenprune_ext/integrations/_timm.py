@@ -123,8 +123,9 @@ class BiasedQkv:
     def __call__(self, z: Tensor) -> Tensor:
         """``[..., C] -> [..., 3 * H * D]``."""
         linear, bias = self.linear, torch.cat(self.biases)
-        if isinstance(linear, PackedLinear) and linear.ready(z, bias):
-            return packed_linear(z, linear.packed(), linear.out_features, bias)
+        pair = linear.take(z, bias) if isinstance(linear, PackedLinear) else None
+        if pair is not None:
+            return packed_linear(z, pair[0], linear.out_features, bias)
         return F.linear(z, linear.weight, bias)
 
 

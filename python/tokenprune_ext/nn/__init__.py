@@ -3,7 +3,7 @@
 
 from .block import AttentionBranch, BlockParts, BlockRecord, BlockRun, MlpBranch, run_block
 from .deform import DeformInputs, MSDeformAttn, deform_inputs, grid_reference_points
-from .packed import PackedLinear, pack, unpack
+from .packed import PackedLinear, PackedPatches, pack, unpack
 from .places import PairBias, Rotary
 from .state import (
     TokenState,
@@ -24,6 +24,7 @@ __all__ = [
     "MSDeformAttn",
     "MlpBranch",
     "PackedLinear",
+    "PackedPatches",
     "PairBias",
     "Rotary",
     "TokenState",

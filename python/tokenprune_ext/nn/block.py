@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from .._library import cpu_loaded
 from ..ops import attention_scores, gather_layer_norm, gather_tokens, policy_attention, sparse_attention
-from .packed import PackedLinear, fused_mlp, fusible, idle, plain_norm, plain_scale
+from ..ops._register import call, stat_dtype
+from .packed import PackedLinear, fused_mlp, fusible, idle, in_one_call, plain_norm, plain_scale
 from .places import PairBias, biased_attention, biased_policy_attention
 from .state import TokenState, sequence_of_row
 
 _WANTS = (None, "key", "keys", "cls", "mean")
+_AT_ONCE = (None, "key", "keys", "cls")  # "mean" takes a second pass
 
 
 class AttentionBranch:
@@ -63,7 +65,7 @@ class AttentionBranch:
         drop_path: nn.Module | None = None,
     ):
         self.norm = norm
-        self._qkv, self._proj = qkv, proj
+        self._projections, self._proj = qkv if isinstance(qkv, tuple) else (qkv,), proj
         self.num_heads, self.head_dim = num_heads, head_dim
         self.logit_scale = head_dim**-0.5 if scale is None else scale
         self._q_norm, self._k_norm = q_norm, k_norm
@@ -93,24 +95,28 @@ class AttentionBranch:
         With ``rows``, int32 ``[T]`` flat row numbers of ``x``, the tokens are those rows.
         """
         x = x if rows is None else x.flatten(0, -2)
-        norm, parts = plain_norm(self.norm), self._parts()
-        if norm is not None and self._gate is None and all([fusible(part, x, norm[0], norm[1]) for part in parts]):
-            return *self._heads([part.fused(x, norm=norm, index=rows) for part in parts], state), None
+        norm = None if self._gate is not None else plain_norm(self.norm)
+        if norm is not None:
+            pairs = [fusible(layer, x, norm[0], norm[1]) for layer in self._projections]
+            if None not in pairs:
+                outs = [
+                    layer.fused(x, pair, norm=norm, index=rows)
+                    for layer, pair in zip(self._projections, pairs, strict=True)
+                ]
+                return *self._heads(outs, state), None
         z = self.norm(x) if rows is None else _gather_norm(self.norm, x, rows)
         return *self.qkv(z, state), z
 
     def qkv(self, z: Tensor, state: TokenState) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised tokens ``[..., C]`` -> queries, keys, values, each ``[..., H, D]`` (rotated, where the model does)."""
-        return self._heads([part(z) for part in self._parts()], state)
-
-    def _parts(self):
-        return self._qkv if isinstance(self._qkv, tuple) else (self._qkv,)
+        return self._heads([layer(z) for layer in self._projections], state)
 
     def _heads(self, parts, state):
         if len(parts) == 3:
             q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         else:
-            q, k, v = parts[0].unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+            (qkv,) = parts
+            q, k, v = qkv.reshape(*qkv.shape[:-1], 3, self.num_heads, self.head_dim).unbind(-3)
         # A norm computes in float32 under autocast; attention takes one dtype.
         q = q if self._q_norm is None else self._q_norm(q).to(v.dtype)
         k = k if self._k_norm is None else self._k_norm(k).to(v.dtype)
@@ -149,8 +155,8 @@ class AttentionBranch:
             return biased_attention(q, k, v, self._pair_bias, state, self.logit_scale, want)
         lead = q.shape[:-2]
         cu_seqlens, max_seqlen = state.sequences(q)
-        q, k, v = (t.reshape(-1, self.num_heads, self.head_dim) for t in (q, k, v))
-        bias = None if state.key_bias is None else state.key_bias.reshape(-1)
+        q, k, v = q.flatten(0, -3), k.flatten(0, -3), v.flatten(0, -3)
+        bias = None if state.key_bias is None else state.key_bias.flatten()
         ragged = {
             "cu_seqlens_q": cu_seqlens,
             "max_seqlen_q": max_seqlen,
@@ -188,8 +194,9 @@ class AttentionBranch:
         plain, gamma = plain_scale(self._layer_scale, self._drop_path)
         if self.is_packed and plain and self._gate is None and idle(self._proj_drop):
             inner = mixed if self._out_norm is None else self._out_norm(mixed)
-            if fusible(self._proj, inner, gamma, x):
-                return self._proj.fused(inner, residual=x, scale=gamma)
+            pair = fusible(self._proj, inner, gamma, x)
+            if pair is not None:
+                return self._proj.fused(inner, pair, residual=x, scale=gamma)
         return x + self.scale(self.out(mixed, z), state)
 
     def core(self, z: Tensor, state: TokenState, want: str | None = None):
@@ -221,10 +228,52 @@ class AttentionBranch:
 
         With ``rows``, int32 ``[T]`` flat row numbers of ``x``, of those rows alone: ``[T, C]``.
         """
+        whole = None if rows is not None else self._add_at_once(x, state, want)
+        if whole is not None:
+            return whole
         *heads, z = self.start(x, state, rows)
         mixed, product = self.mix(*heads, state, want)
         y = self.finish(x if rows is None else gather_tokens(x, rows), mixed, z, state)
         return y if want is None else (y, product)
+
+    def _add_at_once(self, x, state, want):
+        """:meth:`add` in one call, or None where a part or the by-product stands in the way."""
+        extra = self._rotary is not None or self._pair_bias is not None or self._gate is not None
+        normed = self._q_norm is not None or self._k_norm is not None or self._out_norm is not None
+        if extra or normed or len(self._projections) > 1 or self.drops_weights:
+            return None
+        if want not in _AT_ONCE or not in_one_call():
+            return None
+        norm, (plain, gamma) = plain_norm(self.norm), plain_scale(self._layer_scale, self._drop_path)
+        if norm is None or not plain or not idle(self._proj_drop):
+            return None
+        first, last = fusible(self._projections[0], x, norm[0], norm[1]), fusible(self._proj, x, gamma)
+        if first is None or last is None:
+            return None
+        bias = state.key_bias
+        y, qkv, _, cls = call(
+            "packed_attention",
+            x.device,
+            x,
+            *norm,
+            *first,
+            *last,
+            gamma,
+            self.num_heads,
+            self.head_dim,
+            state.cu_seqlens,
+            state.max_seqlen,
+            None if bias is None else bias.flatten().to(stat_dtype(x.dtype)),
+            self.logit_scale,
+            want == "cls",
+        )
+        if want is None:
+            return y
+        lead = x.shape[:-1]
+        if want == "cls":
+            return y, cls.mean(0).view(lead)
+        keys = qkv.view(*lead, 3, self.num_heads, self.head_dim).select(-3, 1)
+        return y, keys if want == "keys" else keys.mean(-2)
 
 
 class MlpBranch:

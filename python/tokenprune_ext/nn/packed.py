@@ -1,65 +1,67 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed weights: an inference optimisation of linear layers on the CPU, for dense and reduced models alike."""
+"""Packed weights: an inference optimisation on the CPU, for dense and reduced models alike."""
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import pack_linear, packed_linear
+from ..ops import pack_linear
+from ..ops._register import call
+from ..ops.packed import ACTIVATIONS, run_packed
 
 
-class PackedLinear(nn.Linear):
-    """A linear layer that runs from a packed copy of its weight where nothing needs a gradient, and as before elsewhere.
+class _Packed(nn.Module):
+    """What the packed layers share: a packed copy of the weight, as one matrix, that follows the weight.
 
-    Parameters, ``state_dict`` and hooks are those of ``nn.Linear``. The copy follows every change of the weight that
-    autograd counts: in-place changes, ``load_state_dict``, other tensors. It cannot see what is written through
-    ``weight.data``, nor, in a compiled model, in-place changes outside training mode: call :func:`pack` again after those.
+    The copy follows every change of the weight that autograd counts: in-place changes, ``load_state_dict``, other tensors.
+    It cannot see what is written through ``weight.data``, nor, in a compiled model, in-place changes outside training
+    mode: call :func:`pack` again after those.
     """
 
     _copy: tuple | None = None  # alias of the weight it was made from, facts about that, the packed weight
 
-    def ready(self, x: Tensor, *others: Tensor | None) -> bool:
-        """Whether ``x`` can go through the packed weight (otherwise this is a plain linear layer).
+    def take(self, x: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+        """``(packed weight, bias)`` where ``x`` can go through them; None where this has to be a plain layer.
+
+        The packed weight is made again when the weight has changed since.
 
         Args:
             x: input.
-            others: what :meth:`fused` will get besides.
+            others: what the product is to be joined with besides.
         """
         if not x.is_cpu or torch.is_autocast_enabled("cpu"):
-            return False
-        weight, dtype, grads = parameter(self, "weight"), x.dtype, torch.is_grad_enabled()
-        if grads and x.requires_grad:
-            return False
-        for t in (weight, parameter(self, "bias"), *others):
-            if t is not None and (t.dtype != dtype or (grads and t.requires_grad)):
-                return False
-        return self._copy is not None if torch.compiler.is_compiling() else not weight.is_inference()
-
-    def packed(self) -> Tensor:
-        """The packed weight, made again when the weight has changed since."""
+            return None
+        weight, bias, dtype = parameter(self, "weight"), parameter(self, "bias"), x.dtype
+        tensors = weight, bias, *others
+        for t in tensors:
+            if t is not None and t.dtype != dtype:
+                return None
+        if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors)):
+            return None
         copy = self._copy
-        if not torch.compiler.is_compiling():
-            weight = parameter(self, "weight")
-            if copy is None or copy[1] != _facts(weight):
-                with torch.no_grad():
-                    # The alias keeps the memory, so that no other weight can come to lie at the same address.
-                    self._copy = copy = (weight.detach(), _facts(weight), pack_linear(weight))
-        return copy[2]
+        if torch.compiler.is_compiling():
+            return None if copy is None else (copy[2], bias)
+        if weight.is_inference():  # nothing counts its changes
+            return None
+        facts = weight.data_ptr(), weight._version, weight.dtype, weight.stride()
+        if copy is None or copy[1] != facts:
+            with torch.no_grad():
+                # The alias keeps the memory, so that no other weight can come to lie at the same address.
+                self._copy = copy = (weight.detach(), facts, pack_linear(weight.flatten(1)))
+        return copy[2], bias
 
     def prepare(self) -> None:
         """Make the copy now, where this layer can use one."""
         self._copy = None
-        if self.weight.device.type == "cpu" and self.weight.is_floating_point() and not self.weight.is_inference():
-            self.packed()
+        if self.weight.is_floating_point():
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                self.take(self.weight)
 
-    def fused(self, x: Tensor, **parts) -> Tensor:
-        """:func:`tokenprune_ext.ops.packed_linear` with this layer's weight and bias; only where :meth:`ready`."""
-        return packed_linear(x, self.packed(), self.out_features, parameter(self, "bias"), **parts)
+    def fused(self, x: Tensor, pair: tuple[Tensor, Tensor | None], **parts) -> Tensor:
+        """:func:`tokenprune_ext.ops.packed_linear` with what :meth:`take` gave for ``x``."""
+        packed, bias = pair
+        return run_packed(x, packed, parameter(self, "weight").shape[0], bias, **parts)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., in_features] -> [..., out_features]``."""
-        return self.fused(x) if self.ready(x) else super().forward(x)
-
-    def train(self, mode: bool = True) -> "PackedLinear":
+    def train(self, mode: bool = True) -> "_Packed":
         """Training changes the weight: compiled code, which cannot look, must not find an older copy afterwards."""
         if mode:
             self._copy = None
@@ -77,15 +79,46 @@ class PackedLinear(nn.Linear):
         return {**self.__dict__, "_copy": None}
 
 
+class PackedLinear(_Packed, nn.Linear):
+    """``nn.Linear`` that runs from a packed copy of its weight where nothing needs a gradient, and as before elsewhere.
+
+    Parameters, ``state_dict`` and hooks are those of ``nn.Linear``.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features] -> [..., out_features]``."""
+        pair = self.take(x)
+        return super().forward(x) if pair is None else self.fused(x, pair)
+
+
+class PackedPatches(_Packed, nn.Conv2d):
+    """The convolution of a patch embedding, whose kernel is as large as its stride, as one product over packed weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, in_channels, H, W] -> [B, out_channels, H // kernel, W // kernel]``; channels are innermost in memory."""
+        (high, wide), channels = self.kernel_size, self.in_channels
+        fits = x.dim() == 4 and x.shape[1] == channels and x.shape[2] >= high and x.shape[3] >= wide
+        pair = self.take(x) if fits else None
+        if pair is None:
+            return super().forward(x)
+        batch, rows, columns = x.shape[0], x.shape[2] // high, x.shape[3] // wide
+        x = x[:, :, : rows * high, : columns * wide].reshape(batch, channels, rows, high, columns, wide)
+        patches = x.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows, columns, channels * high * wide)
+        return self.fused(patches, pair).permute(0, 3, 1, 2)
+
+
+_PLAIN = {PackedLinear: nn.Linear, PackedPatches: nn.Conv2d}
+
+
 def pack(model: nn.Module) -> nn.Module:
-    """Let the linear layers of ``model`` run from packed weights in CPU inference (a second copy of them in memory).
+    """Let the layers of ``model`` run from packed weights in CPU inference (a second copy of them in memory).
 
     Results agree with the plain layers up to rounding. Training, autocast and other devices are served as before;
     ``unpack`` restores the plain layers. A patched model also runs norm, activation and residual in the same pass.
 
     Args:
-        model: any model; its ``nn.Linear`` layers (not subclasses) change in place. Layers that are packed already are
-            packed again.
+        model: any model; its ``nn.Linear`` layers and the ``nn.Conv2d`` of patch embeddings (not subclasses) change in
+            place. Layers that are packed already are packed again.
 
     Returns:
         ``model``, for chaining.
@@ -93,7 +126,9 @@ def pack(model: nn.Module) -> nn.Module:
     for layer in model.modules():
         if type(layer) is nn.Linear:
             layer.__class__ = PackedLinear
-        if isinstance(layer, PackedLinear):
+        elif type(layer) is nn.Conv2d and _cuts_patches(layer):
+            layer.__class__ = PackedPatches
+        if isinstance(layer, _Packed):
             layer.prepare()
     return model
 
@@ -101,14 +136,16 @@ def pack(model: nn.Module) -> nn.Module:
 def unpack(model: nn.Module) -> nn.Module:
     """Undo :func:`pack`."""
     for layer in model.modules():
-        if type(layer) is PackedLinear:
-            layer.__class__ = nn.Linear
+        if type(layer) in _PLAIN:
+            layer.__class__ = _PLAIN[type(layer)]
             layer.__dict__.pop("_copy", None)
     return model
 
 
-def _facts(weight):
-    return weight.data_ptr(), weight._version, weight.dtype, weight.stride()
+def _cuts_patches(conv: nn.Conv2d) -> bool:
+    """Whether every output sees pixels of its own, and enough of them in a row to be worth copying."""
+    apart = conv.kernel_size == conv.stride and conv.padding in ((0, 0), "valid") and conv.dilation == (1, 1)
+    return apart and conv.groups == 1 and conv.kernel_size[1] >= 8
 
 
 def parameter(module: nn.Module, name: str) -> Tensor | None:
@@ -141,9 +178,9 @@ def activation_name(act) -> str | None:
     return {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}.get(type(act).__name__)
 
 
-def fusible(layer, x: Tensor, *others: Tensor | None) -> bool:
-    """Whether ``layer`` may take over its neighbours' work: packed, without hooks, and ready for ``x`` and ``others``."""
-    return isinstance(layer, PackedLinear) and not hooked(layer) and layer.ready(x, *others)
+def fusible(layer, x: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+    """``(packed weight, bias)`` of a layer that may take over the work of its neighbours ``others``, otherwise None."""
+    return layer.take(x, *others) if isinstance(layer, PackedLinear) and not hooked(layer) else None
 
 
 def plain_scale(layer_scale, drop_path) -> tuple[bool, Tensor | None]:
@@ -164,16 +201,28 @@ def idle(module) -> bool:
     return nothing and not hooked(module)
 
 
+def in_one_call() -> bool:
+    """Whether half a block may be one op: in eager mode, where nobody counts or times its layers one by one."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+
+
 def fused_mlp(mlp, norm, x: Tensor, layer_scale, drop_path) -> Tensor | None:
     """``x`` plus a two-layer MLP branch in two passes, or None where a part stands in the way."""
     norm, (plain, gamma) = plain_norm(norm), plain_scale(layer_scale, drop_path)
     if norm is None or not plain or type(mlp).__name__ != "Mlp" or hooked(mlp):
         return None
     parts = mlp._modules
-    fc1, fc2, act = (parts.get(name) for name in ("fc1", "fc2", "act"))
-    if not fusible(fc1, x, norm[0], norm[1]) or not fusible(fc2, x, gamma):
+    fc1, fc2, act = parts.get("fc1"), parts.get("fc2"), parts.get("act")
+    first, second = fusible(fc1, x, norm[0], norm[1]), fusible(fc2, x, gamma)
+    if first is None or second is None:
         return None
     act = None if act is None or hooked(act) else activation_name(act)
-    if act is None or not all(idle(module) for name, module in parts.items() if name not in ("fc1", "fc2", "act")):
+    if act is None:
         return None
-    return fc2.fused(fc1.fused(x, norm=norm, act=act), residual=x, scale=gamma)
+    for name, module in parts.items():
+        if name not in ("fc1", "fc2", "act") and not idle(module):
+            return None
+    if not in_one_call():
+        return fc2.fused(fc1.fused(x, first, norm=norm, act=act), second, residual=x, scale=gamma)
+    hidden = parameter(fc1, "weight").shape[0]
+    return call("packed_mlp", x.device, x, *norm, *first, hidden, ACTIVATIONS.index(act), *second, gamma)

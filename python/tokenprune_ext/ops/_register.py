@@ -70,7 +70,7 @@ def _no_gradient(name):
 
 def call(name, device, *args):
     """Run the compiled op, or the reference (with one warning) where there is no kernel for the device."""
-    if not torch.compiler.is_compiling() and (forward_ad._current_level >= 0 or _interpreter() is not None):
+    if (forward_ad._current_level >= 0 or _interpreter() is not None) and not torch.compiler.is_compiling():
         _refuse_transforms(name, args)
     if _library.has_kernels(device.type):
         return _ops[name](*args)

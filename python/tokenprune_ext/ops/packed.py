@@ -32,7 +32,7 @@ def pack_linear(weight: Tensor) -> Tensor:
     op = "pack_linear"
     check_floating(op, weight=weight)
     check(weight.dim() == 2, op, "weight", "have shape [N, K]", tuple(weight.shape))
-    _on_cpu(op, "weight", weight)
+    check_on_cpu(op, "weight", weight)
     return call(op, weight.device, weight.detach())
 
 
@@ -72,9 +72,8 @@ def packed_linear(
     """
     op = "packed_linear"
     check_floating(op, x=x)
-    _on_cpu(op, "x", x)
-    if act not in ACTIVATIONS:
-        check(False, op, "act", "be one of {}", repr(act), ACTIVATIONS)
+    check_on_cpu(op, "x", x)
+    check_activation(op, act)
     if index is not None:
         check(x.dim() == 2, op, "x", "have shape [R, K] with an index", tuple(x.shape))
         index = check_index(op, "index", index.indices if isinstance(index, TokenIndex) else index, x.device)
@@ -82,19 +81,29 @@ def packed_linear(
         shape = (*(x.shape[:-1] if index is None else index.shape), out_features)
         if residual.shape != shape:
             check(False, op, "residual", "have shape {}", tuple(residual.shape), shape)
-    normed = norm is not None
-    weight, shift, eps = norm if normed else (None, None, 0.0)
-    number = ACTIVATIONS.index(act)
-    return call(op, x.device, x, packed, out_features, bias, normed, weight, shift, eps, number, scale, residual, index)
+    return run_packed(x, packed, out_features, bias, norm, act, scale, residual, index)
 
 
 # ---------------------------------------------------------------- checks
 
 
-def _on_cpu(op, name, tensor):
-    check(
-        tensor.device.type in ("cpu", "meta"), op, name, "be on the CPU (other devices need no packing)", tensor.device
-    )
+def run_packed(x, packed, out_features, bias, norm=None, act=None, scale=None, residual=None, index=None):
+    """:func:`packed_linear` of arguments that are known to be right: a layer calls it several times per block."""
+    norm = (False, None, None, 0.0) if norm is None else (True, *norm)
+    rest = ACTIVATIONS.index(act), scale, residual, index
+    return call("packed_linear", x.device, x, packed, out_features, bias, *norm, *rest)
+
+
+def check_on_cpu(op, name, tensor):
+    """Nothing else runs from packed weights."""
+    if tensor.device.type not in ("cpu", "meta"):
+        check(False, op, name, "be on the CPU (other devices need no packing)", tensor.device)
+
+
+def check_activation(op, act):
+    """One of ``ACTIVATIONS``."""
+    if act not in ACTIVATIONS:
+        check(False, op, "act", "be one of {}", repr(act), ACTIVATIONS)
 
 
 # ---------------------------------------------------------------- fake, flops, reference

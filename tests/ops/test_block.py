@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Halves of a block in one call: against plain PyTorch, and the rules."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tokenprune_ext import ops
+
+from tests.conformance import Conformance, OpSpec, Sample, needs_library
+from tests.ops.common import expect
+
+SCHEMAS = [
+    "packed_attention(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, Tensor packed_qkv, "
+    "Tensor? bias_qkv, Tensor packed_proj, Tensor? bias_proj, Tensor? layer_scale, SymInt num_heads, SymInt head_dim, "
+    "Tensor? cu_seqlens, SymInt max_seqlen, Tensor? key_bias, float scale, bool want_cls) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "packed_mlp(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, Tensor packed_1, Tensor? bias_1, "
+    "SymInt hidden, int act, Tensor packed_2, Tensor? bias_2, Tensor? layer_scale) -> Tensor",
+]
+
+CPU_ONLY = True  # elsewhere the vendor's library packs weights by itself
+
+
+# ---------------------------------------------------------------- samples and functions under test
+
+
+def _normal(rng):
+    return lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+
+def make_attention(rng, lengths, heads, dim, channels, *, padded=False, full=False, want_cls=False):
+    normal, width, rows = _normal(rng), heads * dim, sum(lengths)
+    x = normal(len(lengths), lengths[0] if lengths else 0, channels) if padded else normal(rows, channels)
+    tensors = {
+        "x": x + 0.5,
+        "qkv": normal(3 * width, channels) / channels**0.5,
+        "proj": normal(channels, width) / max(width, 1) ** 0.5,
+    }
+    if full:
+        tensors |= {"norm_weight": normal(channels), "norm_bias": normal(channels), "bias_qkv": normal(3 * width)}
+        tensors |= {"bias_proj": normal(channels), "layer_scale": normal(channels)}
+    stats = {"key_bias": normal(rows)} if full else {}
+    if not padded:
+        tensors["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return Sample(tensors | stats, {"heads": heads, "dim": dim, "want_cls": want_cls, "most": max(lengths, default=0)})
+
+
+def run_attention(
+    x,
+    qkv,
+    proj,
+    norm_weight=None,
+    norm_bias=None,
+    bias_qkv=None,
+    bias_proj=None,
+    layer_scale=None,
+    key_bias=None,
+    cu_seqlens=None,
+    *,
+    heads,
+    dim,
+    want_cls,
+    most,
+):
+    got = ops.packed_attention(
+        x,
+        (ops.pack_linear(qkv), bias_qkv),
+        (ops.pack_linear(proj), bias_proj),
+        norm=(norm_weight, norm_bias, 1e-6),
+        num_heads=heads,
+        head_dim=dim,
+        layer_scale=layer_scale,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=most,
+        key_bias=key_bias,
+        want_cls=want_cls,
+    )
+    got = tuple(t.to(x.dtype) for t in got)  # statistics of rounded queries and keys are not better than those
+    return got if want_cls else got[:3]
+
+
+def oracle_attention(
+    x,
+    qkv,
+    proj,
+    norm_weight=None,
+    norm_bias=None,
+    bias_qkv=None,
+    bias_proj=None,
+    layer_scale=None,
+    key_bias=None,
+    cu_seqlens=None,
+    *,
+    heads,
+    dim,
+    want_cls,
+    most,
+):
+    wide = F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, 1e-6), qkv, bias_qkv)
+    flat = wide.reshape(-1, 3, heads, dim)
+    lengths = [x.shape[1]] * x.shape[0] if cu_seqlens is None else cu_seqlens.diff().tolist()
+    biases = flat.new_zeros(flat.shape[0]) if key_bias is None else key_bias
+    mixed, lse, cls = [], [], []
+    for part, bias in zip(flat.split(lengths), biases.split(lengths), strict=True):
+        q, k, v = part.permute(1, 2, 0, 3)
+        logits = q @ k.mT * dim**-0.5 + bias
+        mixed.append((logits.softmax(-1) @ v).transpose(0, 1))
+        lse.append(logits.logsumexp(-1))
+        cls.append(logits[:, :1].softmax(-1).sum(1))
+    inner = torch.cat([flat[:0, 0], *mixed]).reshape(*x.shape[:-1], heads * dim)
+    y = F.linear(inner, proj, bias_proj)
+    y = x + (y if layer_scale is None else y * layer_scale)
+    nothing = flat.new_zeros(heads, 0)
+    out = y, wide, torch.cat([nothing, *lse], 1), torch.cat([nothing, *cls], 1)
+    return out if want_cls else out[:3]
+
+
+def make_mlp(rng, lead, channels, hidden, *, act="gelu", full=False):
+    normal = _normal(rng)
+    tensors = {
+        "x": normal(*lead, channels) + 0.5,
+        "first": normal(hidden, channels) / channels**0.5,
+        "second": normal(channels, hidden) / max(hidden, 1) ** 0.5,
+    }
+    if full:
+        tensors |= {"norm_weight": normal(channels), "norm_bias": normal(channels), "bias_1": normal(hidden)}
+        tensors |= {"bias_2": normal(channels), "layer_scale": normal(channels)}
+    return Sample(tensors, {"act": act})
+
+
+def run_mlp(
+    x, first, second, norm_weight=None, norm_bias=None, bias_1=None, bias_2=None, layer_scale=None, *, act="gelu"
+):
+    return ops.packed_mlp(
+        x,
+        (ops.pack_linear(first), bias_1),
+        (ops.pack_linear(second), bias_2),
+        norm=(norm_weight, norm_bias, 1e-6),
+        hidden=first.shape[0],
+        act=act,
+        layer_scale=layer_scale,
+    )
+
+
+def oracle_mlp(
+    x, first, second, norm_weight=None, norm_bias=None, bias_1=None, bias_2=None, layer_scale=None, *, act="gelu"
+):
+    h = F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, 1e-6), first, bias_1)
+    h = h * torch.sigmoid(1.702 * h) if act == "quick_gelu" else F.gelu(h) if act == "gelu" else h
+    y = F.linear(h, second, bias_2)
+    return x + (y if layer_scale is None else y * layer_scale)
+
+
+SPECS = [
+    OpSpec(
+        "packed_attention",
+        run_attention,
+        oracle_attention,
+        make_attention,
+        cases={
+            "padded": {"lengths": [33, 33], "heads": 3, "dim": 16, "channels": 48, "padded": True, "full": True},
+            "ragged": {"lengths": [5, 0, 70, 1], "heads": 2, "dim": 32, "channels": 40, "full": True, "want_cls": True},
+            "one_token": {"lengths": [1], "heads": 1, "dim": 8, "channels": 8, "padded": True, "want_cls": True},
+            "wide_heads": {"lengths": [50], "heads": 2, "dim": 80, "channels": 64, "padded": True},
+            "no_tokens": {"lengths": [0, 0], "heads": 2, "dim": 8, "channels": 16, "padded": True, "full": True},
+            "no_images": {"lengths": [], "heads": 2, "dim": 8, "channels": 16},
+        },
+        sized=lambda tokens: {"lengths": [tokens], "heads": 2, "dim": 16, "channels": 32, "padded": True},
+        fuzz={
+            "lengths": [[3], [40, 1], [0, 9, 64], [17] * 5],
+            "heads": (1, 4),
+            "dim": (1, 48),
+            "channels": (1, 70),
+            "full": [False, True],
+            "want_cls": [False, True],
+        },
+    ),
+    OpSpec(
+        "packed_mlp",
+        run_mlp,
+        oracle_mlp,
+        make_mlp,
+        cases={
+            "padded": {"lead": [2, 33], "channels": 48, "hidden": 130, "full": True},
+            "rows": {"lead": [70], "channels": 33, "hidden": 71, "act": "quick_gelu", "full": True},
+            "plain": {"lead": [7], "channels": 16, "hidden": 16, "act": None},
+            "no_rows": {"lead": [0], "channels": 8, "hidden": 8, "full": True},
+            "no_hidden": {"lead": [3], "channels": 8, "hidden": 0, "full": True},
+        },
+        sized=lambda tokens: {"lead": [tokens], "channels": 32, "hidden": 48, "full": True},
+        fuzz={"lead": [[3], [2, 61]], "channels": (1, 80), "hidden": (0, 150), "full": [False, True]},
+    ),
+]
+
+
+class TestBattery(Conformance):
+    specs = SPECS
+
+    @pytest.fixture
+    def device(self):
+        return torch.device("cpu")
+
+
+# ---------------------------------------------------------------- rules
+
+
+def _weights(channels=8, heads=2, dim=4):
+    qkv = ops.pack_linear(torch.randn(3 * heads * dim, channels)), None
+    proj = ops.pack_linear(torch.randn(channels, heads * dim)), None
+    return qkv, proj
+
+
+NORM = {"norm": (None, None, 1e-6)}
+
+
+def test_errors_name_op_argument_rule_and_value():
+    qkv, proj = _weights()
+    call, sizes = ops.packed_attention, {**NORM, "num_heads": 2, "head_dim": 4}
+    x, cu = torch.randn(3, 8), torch.tensor([0, 3], dtype=torch.int32)
+    name = "packed_attention"
+    expect(ValueError, name, "x must have shape .* without", call, x, qkv, proj, **sizes)
+    expect(ValueError, name, "x must have shape .* with", call, x[None], qkv, proj, cu_seqlens=cu, **sizes)
+    expect(TypeError, name, "x must be a float32", call, x.int(), qkv, proj, **sizes)
+    expect(TypeError, name, "cu_seqlens must be int32", call, x, qkv, proj, cu_seqlens=cu.float(), **sizes)
+    mlp = ops.packed_mlp
+    expect(ValueError, "packed_mlp", "act must be one of", mlp, x, qkv, proj, hidden=24, act="relu", **NORM)
+    expect(TypeError, "packed_mlp", "x must be a float32", mlp, x.int(), qkv, proj, hidden=24, **NORM)
+
+
+@needs_library
+def test_direct_calls_are_checked():
+    (qkv, _), (proj, _) = _weights()
+    raw, x = torch.ops.tokenprune.packed_attention, torch.randn(1, 3, 8)
+    cu = torch.tensor([0, 3], dtype=torch.int32)
+
+    def call(x=x, qkv=qkv, heads=2, dim=4, cu=None, most=0, bias=None):
+        return raw(x, None, None, 1e-6, qkv, None, proj, None, None, heads, dim, cu, most, bias, 0.5, False)
+
+    assert torch.equal(call()[0][0], call(x[0], cu=cu, most=3)[0])
+    for wrong, message in [
+        ({"heads": -1}, "num_heads must be in"),
+        ({"dim": 1 << 40}, "head_dim must be in"),
+        ({"heads": 3}, r"packed must hold a float32 weight \[36, 8\]"),
+        ({"x": x.double()}, "packed must hold a float64 weight"),
+        ({"x": x[0]}, r"x must have shape \[B, N, C\]"),
+        ({"cu": cu}, r"x must have shape \[T, C\]"),
+        ({"x": x[0], "cu": cu, "most": 2}, "max_seqlen"),
+        ({"x": x[0], "cu": cu + 1, "most": 4}, "cu_seqlens"),
+        ({"bias": torch.zeros(4)}, "key_bias must have size 3"),
+        ({"bias": torch.zeros(3).half()}, "key_bias must be float32"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            call(**wrong)
+    with pytest.raises(RuntimeError, match="packed must hold"):
+        torch.ops.tokenprune.packed_mlp(x, None, None, 1e-6, qkv, None, 24, 1, qkv, None, None)
+    with pytest.raises(RuntimeError, match="act must be in"):
+        torch.ops.tokenprune.packed_mlp(x, None, None, 1e-6, qkv, None, 24, 7, qkv, None, None)
+
+
+@needs_library
+def test_differentiating_says_that_it_cannot():
+    qkv, proj = _weights()
+    x = torch.randn(1, 3, 8, requires_grad=True)
+    y = ops.packed_attention(x, qkv, proj, num_heads=2, head_dim=4, **NORM)[0]
+    with pytest.raises(NotImplementedError, match="packed_attention has no derivative"):
+        y.sum().backward()
