@@ -104,7 +104,7 @@ struct OnlineSoftmax : StoreOnly {
     for (int64_t d = 0; d < width && !first; ++d) out[r * width + d] *= keep;
     sums[r] *= keep;
     if constexpr (kUsesPairs<T>) rounded_sums[r] *= keep;
-    shift[r] += by;
+    shift[r] = keep > 0 ? shift[r] + by : top;  // the sum may fall far short of the top
   }
 
   // Sums of a finished row: of the exact weights, and of those that the output was made with. Dividing by the latter

@@ -75,11 +75,12 @@ def test_large_logits_do_not_overflow(device):
     torch.testing.assert_close((out.cpu().double(), lse.cpu().double()), expected, rtol=1e-4, atol=1e-2)
 
 
+@pytest.mark.parametrize("hidden", [float("-inf"), -1e30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_values_where_later_keys_outweigh_all_before(dtype, device):
+def test_values_where_later_keys_outweigh_all_before(dtype, hidden, device):
     q, k, v = (packed(n, 2, 16, seed=n, device=device, dtype=dtype) for n in (53, 1251, 1251))
     rising = torch.linspace(-30, 100, 1251, device=device)
-    bias = torch.where(rising < 0, float("-inf"), rising)  # over several blocks of keys; the first ones are hidden
+    bias = torch.where(rising < 0, hidden, rising + 100)  # over several blocks of keys
     cu_q, cu_k = ints([0, 50, 53], device), ints([0, 1100, 1251], device)
     found = attention(q, k, v, cu_q, cu_k, key_bias=bias, max_q=50, max_k=1100, cls=True)
     exact = [t.double().cpu() for t in (q, k, v)]
