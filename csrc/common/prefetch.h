@@ -41,13 +41,15 @@ struct RowsAhead {
     for (; row != nullptr && b + kLine <= bytes; b += kLine) {
       ask(row + b);
       TP_UNROLL for (int64_t v = 0; v < kLine; v += kVecBytes) {
-        store(reinterpret_cast<uint32_t*>(to + b + v), load(reinterpret_cast<const uint32_t*>(from + b + v)));
+        Vec<uint32_t> words;  // copied as bytes: rows of 16-bit values may lie at odd multiples of two
+        __builtin_memcpy(&words, from + b + v, kVecBytes);
+        __builtin_memcpy(to + b + v, &words, kVecBytes);
       }
     }
     __builtin_memcpy(to + b, from + b, bytes - b);
   }
 
-  __attribute__((always_inline)) static void ask(const char* line) { __builtin_prefetch(line, Write ? 1 : 0, 3); };
+  __attribute__((always_inline)) static void ask(const char* line) { __builtin_prefetch(line, Write ? 1 : 0, 3); }
 };
 
 }  // namespace TOKENPRUNE_ISA
