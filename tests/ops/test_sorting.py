@@ -463,5 +463,10 @@ def test_flops_are_those_of_the_clusters(device):
         )
     assert counter.get_total_flops() == 4 * 8 * 3 * (3 * 2 + 3 * 3)
     with FlopCounterMode(display=False) as counter:
+        ops.balanced_attention(
+            Q, Q, Q, ORDER, ORDER, q_size=4, k_size=3, q_lengths=ints([0, 9]), k_lengths=ints([-1, 6])
+        )
+    assert counter.get_total_flops() == 4 * 8 * 3 * (3 * 3 + 3 * 3)
+    with FlopCounterMode(display=False) as counter:
         ops.balanced_attention(Q, Q, Q, ORDER, ORDER, q_size=4, k_size=4, per_row=False)
     assert counter.get_total_flops() == 4 * 8 * 36 * 4

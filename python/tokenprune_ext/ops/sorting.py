@@ -328,7 +328,7 @@ def _flops_balanced(
         return 4 * q.shape[2] * q_order.numel() * k_size
     readable = q.device.type == "cpu" and not isinstance(q_order, torch._subclasses.FakeTensor)
     counts = [
-        lengths.tolist() if readable and lengths is not None else [t.shape[1]] * t.shape[0]
+        lengths.clamp(0, t.shape[1]).tolist() if readable and lengths is not None else [t.shape[1]] * t.shape[0]
         for t, lengths in ((q, q_lengths), (k, k_lengths))
     ]
     pairs = sum(_pairs(nq, nk, q_size, k_size) for nq, nk in zip(*counts))
@@ -336,7 +336,7 @@ def _flops_balanced(
 
 
 def _pairs(nq, nk, q_size, k_size):
-    clusters = max(-(-nq // q_size), -(-nk // k_size))
+    clusters = max(-(-nq // q_size), -(-nk // k_size), 1)
     cuts = [[n * c // clusters for c in range(clusters + 1)] for n in (nq, nk)]
     return sum((b - a) * (d - c) for a, b, c, d in zip(cuts[0], cuts[0][1:], cuts[1], cuts[1][1:]))
 
