@@ -23,7 +23,7 @@ void strip_probabilities(const C* q, const C* keys, const C* bias, const C* lse,
       __builtin_memset(s, 0, padded * sizeof(C));
       continue;
     }
-    exp_and_sum(s, static_cast<C>(lse[r] * C(kLog2E)), padded, s);
+    exponentials(s, static_cast<C>(lse[r] * C(kLog2E)), padded);
   }
 }
 
@@ -142,7 +142,7 @@ void backward_item(const AttentionParams& p, int64_t item, char* scratch) {
         __builtin_memset(g, 0, padded * sizeof(C));
         continue;
       }
-      exp_and_sum(s, static_cast<C>(lse[begin + r] * C(kLog2E)), padded, s);
+      exponentials(s, static_cast<C>(lse[begin + r] * C(kLog2E)), padded);
       C shift = grad_lse == nullptr ? C(0) : grad_lse[begin + r];
       if (values) {
         for (int64_t d = 0; d < dim; ++d) shift -= grad_out[r * width + d] * out[r * width + d];

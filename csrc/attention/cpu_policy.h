@@ -29,7 +29,7 @@ void policy_exponentials(const C* q, int64_t q_stride, const C* keys, const C* p
   Gemm<C>::panels(q, q_stride, keys, e, padded, rows, padded, dim, logits);
   for (int64_t r = 0; r < rows; ++r) {
     row_max[r] = logits.max(r);
-    exp_and_sum(e + r * padded, row_max[r], padded, e + r * padded);
+    exponentials(e + r * padded, row_max[r], padded);
   }
 }
 

@@ -39,17 +39,10 @@ struct Logits : StoreOnly {
   C max(int64_t r) const { return reduce_max<C>(best[r]); }
 };
 
-// to[j] = exp2(s[j] - shift), rounded to the type of `to` (s itself, or bfloat16); returns the sum before rounding.
-template <typename T, typename C>
-C exp_and_sum(const C* s, C shift, int64_t padded, T* to) {
-  constexpr int w = kLanes<C>;
-  Vec<C> sum{};
-  for (int64_t j = 0; j < padded; j += w) {
-    const Vec<C> p = exp2v(load(s + j) - shift);
-    store_narrow<T>(to + j, p);
-    sum += p;
-  }
-  return reduce_add<C>(sum);
+// s[j] = exp2(s[j] - shift)
+template <typename C>
+void exponentials(C* s, C shift, int64_t padded) {
+  for (int64_t j = 0; j < padded; j += kLanes<C>) store(s + j, exp2v(load(s + j) - shift));
 }
 
 // Per-key bias in the log2 domain, padded with -inf.

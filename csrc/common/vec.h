@@ -262,7 +262,7 @@ inline void narrow(const Compute<T>* in, T* out, int64_t n, Compute<T> factor = 
   for (; i < n; ++i) out[i] = from_float<T, Compute<T>>(in[i] * factor);
 }
 
-// ---- exp2, for arguments <= 0 up to rounding (softmax after subtracting the maximum); -inf gives 0
+// ---- exp2, for arguments below 128 (softmax after subtracting about the maximum); -inf gives 0
 
 inline Vec<float> exp2_fraction(Vec<float> f) {  // minimax polynomial of 2^f on [-0.5, 0.5], relative error 1e-7
   Vec<float> p = splat(1.326472615e-3f);

@@ -11,8 +11,7 @@ namespace tokenprune {
 struct TokenKernels {
   // Indices of the true entries of mask[0, n), plus `base`, to out; returns how many. Writes at most `room`.
   int64_t (*compact)(const bool* mask, int64_t n, int64_t base, int32_t* out, int64_t room);
-  // Rows [begin, end) of p.count.
-  // Rows [begin, end) of values of `size` bytes.
+  // Rows [begin, end) of p.count; gather: of values of `size` bytes.
   void (*gather)(const RowParams&, int64_t size, void* out, int64_t begin, int64_t end);
   bool (*gather_layer_norm)(Dtype, const RowParams&, int64_t begin, int64_t end);
   bool (*gather_layer_norm_backward)(Dtype, const RowParams&, int64_t begin, int64_t end);
