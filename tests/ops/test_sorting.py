@@ -445,6 +445,15 @@ def test_an_order_that_leaves_its_row(name, place):
 
 
 @needs_library
+@pytest.mark.parametrize("place", [-1, 6])
+def test_an_order_of_scores_that_leaves_its_row(place):
+    order = ORDER[0].long()
+    order[1, 3] = place
+    with pytest.raises(RuntimeError, match=rf"sample_rows: order must be in \[0, 6\), got {place} at 9"):
+        torch.ops.tokenprune.sample_rows(SCORES, order, 4, None, None, False)
+
+
+@needs_library
 def test_orders_that_name_tokens_twice_are_safe():
     twice = torch.zeros(3, 2, 6, dtype=torch.int32)
     out = ops.balanced_attention(Q, Q, Q, twice, twice, q_size=4, k_size=3)

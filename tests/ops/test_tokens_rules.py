@@ -7,6 +7,7 @@ from tokenprune_ext import ops
 
 from tests.conformance import assert_same, needs_library
 from tests.ops.common import expect, ints
+from tests.spec import DTYPES
 
 raw = torch.ops.tokenprune
 
@@ -26,6 +27,19 @@ def test_round_trip_preserves_the_map(device):
     assert_same([ops.scatter_tokens(x, tokens, index)], [x])
     doubled = ops.scatter_tokens(x, tokens, index, add=True)
     assert_same([ops.gather_tokens(doubled, index)], [2 * tokens])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [31, 33, 97])
+def test_rows_of_a_map_beyond_the_caches(channels, dtype, device):
+    rng = torch.Generator().manual_seed(channels)
+    x = torch.randn(9001, channels, generator=rng).to(device, dtype)
+    index = torch.randperm(9001, generator=rng)[:500].where(torch.rand(500, generator=rng) < 0.9, -1).to(device)
+    found, kept = ops.gather_tokens(x, index), index >= 0
+    assert torch.equal(found, x[index] * kept[:, None])
+    expected = x.clone()
+    expected[index[kept]] = found[kept] + 1
+    assert torch.equal(ops.scatter_tokens(x, found + 1, index), expected)
 
 
 def test_index_may_be_int64(device):
