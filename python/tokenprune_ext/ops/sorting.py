@@ -75,7 +75,7 @@ def sample_rows(
         cumulative scores in that order, from 0 to 1; ``grid [B, G]``, where the distribution is sampled; ``pick`` int64
         ``[B, G]``, the place in ``order`` whose ``cdf`` is nearest to each grid point; ``kept`` bool ``[B, n]``, the
         places in ``order`` that are kept; ``rows`` int32 ``[B, n]``, the kept entries by ascending score, -1 behind
-        them. Without gradients.
+        them. Where there is no distribution, ``cdf`` and ``grid`` may be NaN, and ``pick`` n. Without gradients.
 
     Raises:
         ValueError, TypeError: wrong shape, dtype or device.

@@ -167,7 +167,7 @@ class SMYRF(Reducer):
         rounds: how often clusters are formed.
         cluster_size: tokens per cluster.
         per_row: clusters stay within one head of one image, so that a result does not depend on the rest of the batch.
-            False: as published for SWAG models, see :func:`smyrf_attention`.
+            False: as published for SWAG models, see :func:`balanced_attention`.
         width: of the range of the offsets.
         embed_dim, head_dim: of the model; one of them is needed for the draws.
         generator: random generator of the draws.
