@@ -243,7 +243,7 @@ def test_packed_layers_still_train():
 
 @needs_library
 @torch.no_grad()
-@pytest.mark.parametrize("change", ["in_place", "load", "dtype", "copy", "replaced", "same_address", "data"])
+@pytest.mark.parametrize("change", ["in_place", "load", "dtype", "copy", "replaced", "same_address", "data", "cut"])
 def test_the_packed_copy_follows_the_weight(change):
     model, x = tokenprune_ext.pack(layers()), torch.randn(7, 16)
     model(x)
@@ -259,6 +259,9 @@ def test_the_packed_copy_follows_the_weight(change):
     elif change == "same_address":  # the allocator hands the memory of the first weight out again
         for _ in range(4):
             model[0].weight.data = model[0].weight.data * 2
+    elif change == "cut":  # fewer rows in the same memory
+        model[0].weight, model[0].bias = (nn.Parameter(t[:20].detach()) for t in (model[0].weight, model[0].bias))
+        model[2].weight = nn.Parameter(model[2].weight[:, :20].detach())
     elif change == "data":
         model[0].weight.data.mul_(2)
         tokenprune_ext.pack(model)

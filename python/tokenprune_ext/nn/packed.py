@@ -42,7 +42,7 @@ class _Packed(nn.Module):
             return None if copy is None else (copy[2], bias)
         if weight.is_inference():  # nothing counts its changes
             return None
-        facts = weight.data_ptr(), weight._version, weight.dtype, weight.stride()
+        facts = weight.data_ptr(), weight._version, dtype, weight.shape, weight.stride()
         if copy is None or copy[1] != facts:
             with torch.no_grad():
                 # The alias keeps the memory, so that no other weight can come to lie at the same address.
