@@ -55,6 +55,8 @@ def patch(model: nn.Module, method: str | reducers.Reducer = "tome", **options) 
         >>> model = timm.create_model("deit_small_patch16_224")  # doctest: +SKIP
         >>> tokenprune_ext.patch(model, "tome", r=13)  # doctest: +SKIP
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"patch: model must be a module, got {type(model).__name__}")
     found = [(adapter, name, part) for adapter in adapters() for name, part in adapter.find(model)]
     if len(found) != 1:
         names = [name or type(part).__name__ for _, name, part in found]
@@ -68,6 +70,9 @@ def patch(model: nn.Module, method: str | reducers.Reducer = "tome", **options) 
         raise ValueError(f"patch: model must be unpatched first, got one with {type(part.token_reducer).__name__}")
     adapter.check(part, owner)
     facts = adapter.facts(part, owner)
+    told = sorted(facts.keys() & options.keys())
+    if told:
+        raise ValueError(f"patch: options must be those of the method, got {told}, which the model itself tells")
     reducer = reducers.create(method, facts, **options)
     if facts.get("pair_bias") and reducer.own_attention:
         raise ValueError(

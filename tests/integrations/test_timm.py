@@ -575,6 +575,10 @@ def test_wrong_use():
         tp.patch(model, "tom")
     with pytest.raises(ValueError, match="options must be among"):
         tp.patch(model, "tome", rate=2)
+    with pytest.raises(ValueError, match="the model itself tells"):
+        tp.patch(model, "tome", depth=1)
+    with pytest.raises(ValueError, match="must be a module"):
+        tp.patch(3, "tome")
     headless, _ = small("deit_tiny_patch16_224", class_token=False, global_pool="avg")
     with pytest.raises(ValueError, match="needs a class token"):
         tp.patch(headless, "evit", score_mode="cls")

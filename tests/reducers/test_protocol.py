@@ -157,6 +157,7 @@ def test_no_images_at_all(name, options):
     y, _ = walk(blocks, x[:1], reducer, given_noise(reducer, x[:1]))
     none, state = walk(blocks, x[:0], reducer, given_noise(reducer, x[:0]))
     assert none.shape[0] == 0 and none.shape[-1] == y.shape[-1]
+    assert state.packed or none.shape[1] > 0  # the class token has its place, which heads read
     if not state.packed:
         rest = none[:, state.num_prefix :]
         assert reducer.restore(rest, state).shape[0] == reducer.restore(rest[..., 0], state).shape[0] == 0
@@ -344,4 +345,12 @@ def test_registry_errors():
         reducers.create(Reducer(), r=3)
     with pytest.raises(ValueError, match="name must be new"):
         reducers.register("tome")(type("Other", (Reducer,), {}))
+    for method in (nn.Linear, nn.Linear(1, 1), 5):
+        with pytest.raises(ValueError, match="method must be"):
+            reducers.create(method, FACTS)
+    for layers in (3, "all", [1.5]):
+        with pytest.raises(ValueError, match="layers must be a list of whole numbers"):
+            reducers.create("evit", FACTS, layers=layers)
+    with pytest.raises(ValueError, match="ACT: options must be of the documented types"):
+        reducers.create("act", FACTS, q_hashes="many")
     assert isinstance(reducers.create(reducers.get("tome"), FACTS), nn.Module)

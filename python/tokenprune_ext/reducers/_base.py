@@ -2,6 +2,7 @@
 """The protocol of token-reduction methods, and their registry."""
 
 import inspect
+import operator
 from collections.abc import Iterable
 from importlib import import_module
 from pkgutil import iter_modules
@@ -111,7 +112,7 @@ def get(name: str) -> type:
     Raises:
         ValueError: no method has this name.
     """
-    if name not in _registry:
+    if not isinstance(name, str) or name not in _registry:
         raise ValueError(f"reducers: method must be one of {names()}, got {name!r}")
     return _registry[name]
 
@@ -125,15 +126,30 @@ def create(method: str | Reducer | type, facts: dict | None = None, **options) -
         options: the method's own options; they win over the facts.
 
     Raises:
-        ValueError: unknown method or option, or options for a finished reducer.
+        ValueError: unknown method or option, an option of another type, or options for a finished reducer.
     """
     if isinstance(method, Reducer):
         if options:
             raise ValueError(f"reducers.create: a finished reducer must come without options, got {sorted(options)}")
         return method
-    cls = get(method) if isinstance(method, str) else method
+    if isinstance(method, type) and not issubclass(method, Reducer):
+        raise ValueError(f"reducers.create: method must be a name, a Reducer or its class, got {method.__name__}")
+    cls = method if isinstance(method, type) else get(method)
     accepted = inspect.signature(cls).parameters
     unknown = [name for name in options if name not in accepted]
     if unknown:
         raise ValueError(f"{cls.__name__}: options must be among {sorted(accepted)}, got {unknown}")
-    return cls(**{name: value for name, value in (facts or {}).items() if name in accepted} | options)
+    _check_layers(cls.__name__, options.get("layers"))
+    known = {name: value for name, value in (facts or {}).items() if name in accepted}
+    try:
+        return cls(**known | options)
+    except TypeError as error:  # an option that cannot be compared, counted or iterated; a fact that is missing
+        raise ValueError(f"{cls.__name__}: options must be of the documented types, got {options} ({error})") from error
+
+
+def _check_layers(method, layers):
+    """Layers are whole numbers in every method."""
+    try:
+        layers is None or [operator.index(layer) for layer in layers]
+    except TypeError:
+        raise ValueError(f"{method}: layers must be a list of whole numbers, got {layers!r}") from None

@@ -231,7 +231,7 @@ class ATS(Reducer):
             slots = select_tokens(rows >= 0)
             source = (rows + state.cu_seqlens[:-1, None]).flatten()[slots.indices.long()]
             return _Kept(rows, source, slots.cu_seqlens, state.max_seqlen, tokens, None)
-        if self.drop_tokens:
+        if self.drop_tokens and batch != 0:  # of no images, none is the longest
             rows = rows.index_select(1, (rows >= 0).any(0).nonzero()[:, 0])  # in every image the kept rows come first
         batches = torch.arange(batch + 1, dtype=torch.int32, device=scores.device)
         source = torch.where(rows < 0, -1, rows + batches[:-1, None] * tokens).flatten()

@@ -139,10 +139,12 @@ def _grid(clusters):
         if side == 0 or side * side != clusters:
             raise ValueError(f"Hourglass: clusters must be a square number or (rows, columns), got {clusters}")
         return side, side
-    rows, columns = clusters
-    if not all(isinstance(side, int) and side >= 1 for side in (rows, columns)):
-        raise ValueError(f"Hourglass: clusters must be positive whole numbers, got {tuple(clusters)}")
-    return rows, columns
+    sides = tuple(clusters) if isinstance(clusters, (tuple, list)) else ()
+    if len(sides) != 2:
+        raise ValueError(f"Hourglass: clusters must be a square number or (rows, columns), got {clusters!r}")
+    if not all(isinstance(side, int) and side >= 1 for side in sides):
+        raise ValueError(f"Hourglass: clusters must be positive whole numbers, got {sides}")
+    return sides
 
 
 def _follow(state, labels, count):
