@@ -45,9 +45,10 @@ def console_for(target: str | None, wide: bool = False) -> Console:
         target: of the JSON.
         wide: do not fold the table to 80 columns where the output is no terminal.
     """
-    console = Console(stderr=target == "-")
+    # Names of files and classes are shown as they are: no [markup], no :emoji:.
+    console = Console(stderr=target == "-", markup=False, emoji=False)
     if wide and not console.is_terminal:
-        console = Console(stderr=target == "-", width=_PLAIN_WIDTH)
+        console.width = _PLAIN_WIDTH
     return console
 
 

@@ -46,6 +46,19 @@ def _cpu_sdpa_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
     return sdpa_flop_count(query, key, value)
 
 
+class _NoModules:
+    """In place of torch's module tracker, which hooks gradients of module inputs and fails where these are parameters
+    (the query of an attention pooling) under ``no_grad``."""
+
+    parents = ("Global",)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
 def count_flops(function: Callable[[], object]) -> dict[str, int]:
     """FLOPs (a multiply-add is two) of one call, by part, counted at the token counts that really occur.
 
@@ -57,6 +70,7 @@ def count_flops(function: Callable[[], object]) -> dict[str, int]:
     """
     custom = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_sdpa_flops}
     counter = FlopCounterMode(display=False, custom_mapping=custom)
+    counter.mod_tracker = _NoModules()
     with torch.inference_mode(False), torch.no_grad(), counter:
         function()
     flops = dict.fromkeys(PARTS, 0)

@@ -142,6 +142,8 @@ def measure(
         >>> times["mm"].median_ms > 0
         True
     """
+    if not budget_s >= 0:  # NaN too
+        raise ValueError(f"measure: budget_s must be >= 0, got {budget_s}")
     on_cuda = torch.device(device).type == "cuda"
     sample = _cuda_sample if on_cuda else _host_sampler(choose_clock(device, clock))
     calls, round_s = {}, 0.0
@@ -152,7 +154,7 @@ def measure(
             once = max(min(once, sample(function, 1), sample(function, 1)), 1e-7)
         calls[name] = max(1, round(sample_s / once))
         round_s += once * calls[name]
-    rounds = min(max(min_rounds, int(budget_s / round_s)), max_rounds)
+    rounds = int(min(max(min_rounds, budget_s // round_s), max_rounds))  # an infinite budget too
     names = list(variants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for index in range(rounds):

@@ -56,10 +56,18 @@ def test_env_is_plain_json(capsys):
         (["demo", "--dtype", "int8"], "--dtype must be one of"),
         (["demo", "--threads", "0"], "--threads must lie between"),
         (["demo", "--batch", "0"], "--batch must be at least 1"),
-        (["demo", "--checkpoint", "missing.pth"], "cannot read the checkpoint"),
+        (["demo", "--checkpoint", "missing.pth"], "file must exist"),
+        (["demo", *TINY, "--seconds", "nan"], "--seconds must be"),
         (["flops", *TINY, "--method", "magic"], "method must be one of"),
         (["flops", *TINY, "-o", "r"], "NAME=VALUE"),
         (["flops", *TINY, "-o", "keep=1"], "options must be among"),
+        (["flops", *TINY, "-o", "depth=1"], "which the model itself tells"),
+        (["flops", *TINY, "-o", "r=1", "--tome_r", "2"], "given once"),
+        (["flops", *TINY, "--method", "tome", "--checkpoint", "missing.pth"], "file must exist"),
+        (["flops", *TINY, "--method", "tome", "--image", "missing.jpg"], "cannot read the image"),
+        (["flops", *TINY, "--method", "evit", "-o", "layers=3"], "layers must be a list of whole numbers"),
+        (["flops", *TINY, "--method", "act", "-o", "q_hashes=many"], "options must be of the documented types"),
+        (["flops", *TINY, "--method", "hourglass", "-o", "clusters=[7]"], "clusters must be"),
         (["env", "--nonsense"], "--nonsense"),
     ],
 )
@@ -69,6 +77,29 @@ def test_mistakes_give_one_line_and_code_2(arguments, text, capsys, tmp_path, mo
     error = capsys.readouterr().err.strip()
     assert text in error
     assert len(error.splitlines()) == 1
+
+
+def test_demo_counts_models_with_attention_pooling(tmp_path, capsys):
+    arguments = [
+        "demo",
+        "--model",
+        "test_vit3",
+        "--seconds",
+        "0.01",
+        "--threads",
+        "1",
+        "--out",
+        str(tmp_path / "a.png"),
+    ]
+    assert cli.main(arguments) == 0
+
+
+def test_names_of_files_are_shown_as_they_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a[").mkdir()
+    load_photo()[0].resize((64, 64)).save(tmp_path / "a[" / "b]:cat:.png")
+    assert cli.main(["predict", "a[/b]:cat:.png", "--model", "test_vit"]) == 0  # no markup, no emoji
+    assert "a[/b]:cat:.png" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "CMYK", "I;16"])

@@ -144,7 +144,8 @@ def find_weights(content: object, name: str = "the given object") -> dict[str, T
 
 
 def _damaged(path, error):
-    reason = f"{type(error).__name__}: {error}".splitlines()[0].strip(": ")
+    # The first sentence: torch goes on to advise what would execute a foreign file.
+    reason = f"{type(error).__name__}: {error}".splitlines()[0].partition(". ")[0].strip(": ")
     return ValueError(
         f"load_checkpoint: {path} must be a complete checkpoint, got a damaged or foreign file ({reason})"
     )

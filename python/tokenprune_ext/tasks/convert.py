@@ -41,6 +41,8 @@ def convert(options: Options) -> dict:
     target = Path(options.out or Path(options.checkpoint).with_suffix(".safetensors"))
     if target.exists() and not options.force:
         raise UserError(f"{target} is there already: give another OUT, or --force")
+    if target.suffix != ".safetensors":  # readers go by it
+        raise UserError(f"OUT must end in .safetensors, got {target}")
     if options.model is None and (options.method or options.options or options.resolution):
         raise UserError("--method, --option and --resolution say which --model: give it too")
     if options.model is not None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is behind ``tokenprune bench classification``: the numbers that the original benchmark scripts print."""
 
+import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ def _checked(run: Run) -> torch.device:
         raise UserError(f"--dtype must be one of {', '.join(_DTYPES)}, got {run.dtype}")
     if run.batch is not None and run.batch < 1:
         raise UserError(f"--batch-size must be at least 1, got {run.batch}")
+    if not 0 <= run.seconds < math.inf:
+        raise UserError(f"--seconds must be finite and not negative, got {run.seconds}")
     cores = os.cpu_count() or 1
     if run.threads is not None and not 1 <= run.threads <= cores:
         raise UserError(f"--threads must lie between 1 and {cores}, got {run.threads}")
@@ -87,7 +90,7 @@ def run(setting: Setting, how: Run) -> dict:
         warnings.filterwarnings("ignore", message=".*runs the slower PyTorch reference.*")
         model = model.to(device, _DTYPES[how.dtype])
         # Uniform noise, made once: random numbers differ in every tool, and times do not depend on them.
-        images = torch.rand(batch, *size).to(device, _DTYPES[how.dtype])
+        images = turned(lambda: torch.rand(batch, *size).to(device, _DTYPES[how.dtype]))
         single = images[:1].contiguous()
         variants = {"one": lambda: model(single), "batch": lambda: model(images)}
         if batch == 1:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ..._command import JsonOption, console_for, parse_options, write_json
+from ..._errors import UserError
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Name of a model, here or in timm.")]
 Method = Annotated[
@@ -37,10 +38,11 @@ def _wanted(model, method, option, checkpoint, pretrained, image_size, num_class
     from .build import Wanted
 
     options = parse_options(option)
-    if location is not None:
-        options["clustering_location"] = location
-    if clusters is not None:
-        options["num_cluster"] = clusters
+    for name, value in (("clustering_location", location), ("num_cluster", clusters)):
+        if value is not None and name in options:
+            raise UserError(f"options must be given once, got {name} twice")
+        if value is not None:
+            options[name] = value
     return Wanted(model, method, options, checkpoint, pretrained, image_size, num_classes)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from ... import _patch, reducers, tables
 from ..._flops import count_flops, traced_flops
+from ..._images import load_photo, preprocess
 from ...tables import Counts, Dims, Layer, dims_of, macs_by_part, planned
 from .setting import Setting, turned
 
@@ -89,6 +90,7 @@ def count(setting: Setting, *, image: str | None = None) -> Count:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*runs the slower PyTorch reference.*")
         if not _data_dependent(model):
+            image is None or load_photo(image)  # a wrong file is an error, whether or not it is needed
             macs = traced(model, resolution)
             counts = Counts(tuple(planned(model)), {}) if dims else None
         else:
@@ -168,8 +170,6 @@ def split(
 @torch.no_grad()
 def _measured(model, image):
     """Multiply-adds and counts of one forward pass on a photograph."""
-    from ..._images import load_photo, preprocess
-
     photo, _ = load_photo(image)
     images, _ = turned(lambda: preprocess(photo, model))
 

@@ -22,6 +22,8 @@ def compare(setting: Setting, *, image: str | None = None) -> dict:
         Plain object with one row per variant; keys in docs/outputs.md.
     """
     method = method_of(setting.build(meta=True))
+    if setting.wanted.checkpoint is not None:
+        setting.build()  # weights that do not fit are an error, though most counts need none
     dense = count(setting.without_method())
     rows = [_row("dense", dense, dense)]
     if method is not None:

@@ -27,6 +27,8 @@ def turned(function: Callable[[], T]) -> T:
     except torch.OutOfMemoryError:
         raise UserError("out of memory: try a smaller --batch-size") from None
     except (ValueError, TypeError, AssertionError, KeyError, NotImplementedError, RuntimeError) as error:
+        if "can't allocate memory" in str(error):  # of the CPU, which torch gives no type of its own
+            raise UserError("out of memory: try a smaller --batch-size or --resolution") from None
         raise UserError((str(error).strip() or type(error).__name__).splitlines()[0]) from None
 
 
@@ -102,7 +104,8 @@ def resolve(
     published = {key: value for key, value in (published or {}).items() if value is not None}
     if resolution is not None and resolution < 1:
         raise UserError(f"--resolution must be at least 1, got {resolution}")
-    if "/" in model:
+    name = model
+    if "/" in model:  # a row, whose options can be replaced
         row = _row(model)
         model, options = row.model, row.options | options
     if method is None and options and model not in models.list_models():
@@ -114,6 +117,9 @@ def resolve(
     if method is not None:
         turned(lambda: reducers.get(method))
         published = _translated(method, published)
+    twice = sorted(options.keys() & published.keys())
+    if twice and "/" not in name:
+        raise UserError(f"options must be given once, got {', '.join(twice)} twice")
     return Setting(Wanted(model, method, options | published, checkpoint, image_size=resolution), resolution)
 
 
