@@ -145,7 +145,9 @@ def _groups(state, layer: int, head: int, patches: int) -> Tensor | None:
     for name in (f"act.q_groups.{layer}", f"smyrf.q_clusters.{layer}"):
         if name in state.carry:
             ids = state.carry[name][0]
-            return ids[min(head, ids.shape[0] - 1), -patches:]
+            if not 0 <= head < ids.shape[0]:
+                raise ValueError(f"panels: head must lie between 0 and {ids.shape[0] - 1}, got {head}")
+            return ids[head, -patches:]
     return None
 
 
@@ -166,7 +168,7 @@ def panels(
         patches, groups of queries where those share attention, kept patches otherwise.
 
     Raises:
-        ValueError: the model is not patched, a layer that it does not have, or no grid of patches.
+        ValueError: the model is not patched, a layer or head that it does not have, or no grid of patches.
     """
     return panels_of(*_walk(model, images), picture, layers, head=head)
 

@@ -101,6 +101,7 @@ def test_predict_takes_names_from_a_file(photos, tmp_path, capsys):
         (["visualize", "--method", "tome", "--layers", "12"], "layers must lie between 0 and 11"),
         (["visualize", "--method", "tome", "--layers", "a"], "--layers must be numbers"),
         (["visualize", "--method", "tome", "--head", "-1"], "--head must be"),
+        (["visualize", "--method", "smyrf", "--head", "3"], "head must lie between 0 and 2"),
         (["visualize", "--method", "tome", "--out", "picture.magic"], "magic"),
         (["visualize", "TEXT", "--method", "tome"], "not an image"),
     ],

@@ -150,6 +150,8 @@ def test_other_ways_to_run(more, folder, capsys):
         (["--dtype", "int8"], "--dtype must be one of"),
         (["--amp"], "--amp needs"),
         (["--amp", "--dtype", "bfloat16", "--pack"], "exclude each other"),
+        (["--threads", "0"], "--threads must be at least 1"),
+        (["--seed", "9223372036854775807"], "--seed must"),
         (["--batch-size", "0"], "--batch-size must be at least 1"),
         (["--split", "train"], "no folder train"),
         (["--crop-pct", "2"], "--crop-pct"),

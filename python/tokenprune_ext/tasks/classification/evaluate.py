@@ -82,7 +82,7 @@ def evaluate(options: Options, console: Console) -> dict:
     Raises:
         UserError: a mistake of the user (in the first process; the others end with exit code 2).
     """
-    with processes() as group, threads(options.threads) as used:
+    with processes() as group:
         setup, error = None, None
         try:
             setup = _prepare(options, group)
@@ -98,7 +98,8 @@ def evaluate(options: Options, console: Console) -> dict:
             raise SystemExit(2)
         done = group.gather(done)[0]
         started = time.perf_counter()
-        own = _run(setup, group, done, progress, console)
+        with threads(options.threads) as used:
+            own = _run(setup, group, done, progress, console)
         records = {record["batch"]: record for part in group.gather(own) for record in part}
         wall = time.perf_counter() - started
         return _result(setup, group, done, records, wall, used)
@@ -140,6 +141,8 @@ def _check(options):
     ):
         if value is not None and value < least:
             raise UserError(f"{name} must be at least {least}, got {value}")
+    if abs(options.seed) >= 2**62:  # batches count on from it; torch's seeds have 64 bits
+        raise UserError(f"--seed must have less than 63 bits, got {options.seed}")
 
 
 def _device(options, group):
