@@ -201,3 +201,15 @@ def test_list_models():
 def test_wrong_options(name, options, message):
     with pytest.raises(ValueError, match=message):
         meta(name, **options)
+
+
+@pytest.mark.parametrize("keywords", [{"ats_blocks": 3}, {"num_classes": "many"}])
+def test_keywords_of_a_wrong_type_are_refused(keywords):
+    with pytest.raises(ValueError, match="ats_vit_b16_in1k: options must be of the documented types"):
+        tp.create_model("ats_vit_b16_in1k", **keywords)
+
+
+def test_names_that_are_no_text_are_refused():
+    for name in (3, ["vit_b16_in1k"]):
+        with pytest.raises(ValueError, match="name must be one of"):
+            tp.create_model(name)

@@ -82,11 +82,14 @@ def create_model(
     Example:
         >>> model = create_model("tome_vit_l16_in1k", tome_r=40, checkpoint="vit_l16_in1k.torch")  # doctest: +SKIP
     """
-    if name not in _builders:
-        near = difflib.get_close_matches(name, _builders, 3)
+    if not isinstance(name, str) or name not in _builders:
+        near = difflib.get_close_matches(str(name), _builders, 3)
         hint = f" (did you mean {', '.join(near)}?)" if near else ""
         raise ValueError(f"create_model: name must be one of list_models(), got {name!r}{hint}")
-    model = _builders[name](**overrides)
+    try:
+        model = _builders[name](**overrides)
+    except TypeError as error:  # a keyword that cannot be compared, counted or iterated
+        raise ValueError(f"{name}: options must be of the documented types, got {overrides} ({error})") from error
     if checkpoint is not None:
         from ..checkpoints import load_checkpoint
 
