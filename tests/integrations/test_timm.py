@@ -587,3 +587,14 @@ def test_wrong_use():
     dropping(images)
     with pytest.raises(ValueError, match="attn_drop must be 0 while training"):
         dropping.train()(images)
+
+
+@torch.no_grad()
+def test_a_hook_on_a_norm_runs_where_the_norm_would_be_fused_into_a_gather():
+    torch.manual_seed(0)
+    model = timm.create_model("deit_tiny_patch16_224", img_size=32, depth=2, embed_dim=48, num_heads=3).eval()
+    tp.patch(model, "threshold", layers=[1], mode="topk", keep=0.5, selector="norm")
+    seen = []
+    model.blocks[1].norm1.register_forward_hook(lambda *args: seen.append(args[2].shape))
+    model(torch.randn(1, 3, 32, 32))
+    assert len(seen) == 1

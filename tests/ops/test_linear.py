@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear layers on gathered rows, with and without scatter-back."""
 
+import pytest
 import torch
 from tokenprune_ext import ops
 
-from tests.conformance import Conformance, OpSpec, Sample
+from tests.conformance import Conformance, OpSpec, Sample, needs_library
 from tests.ops.test_tokens import oracle_gather, oracle_scatter, some_rows
 
 SCHEMAS = [
@@ -80,3 +81,10 @@ SPECS = [
 
 class TestBattery(Conformance):
     specs = SPECS
+
+
+@needs_library
+def test_a_direct_call_with_one_number_as_index_is_refused():
+    index = torch.tensor(1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="gather_linear: index must have 1 dimension"):
+        torch.ops.tokenprune.gather_linear(torch.randn(4, 8), torch.randn(3, 8), None, index, None, None, False, 0)

@@ -410,9 +410,9 @@ def run_block(
 
 def _gather_norm(norm: Callable, x: Tensor, rows: Tensor) -> Tensor:
     """``norm`` of the gathered rows, ``[T, C]``; one pass over the memory when ``norm`` is a plain LayerNorm."""
-    plain = isinstance(norm, nn.LayerNorm) and type(norm).__name__ == "LayerNorm" and len(norm.normalized_shape) == 1
-    if plain:
-        return gather_layer_norm(x, rows, norm.weight, norm.bias, norm.eps)
+    plain = plain_norm(norm)
+    if plain is not None:
+        return gather_layer_norm(x, rows, *plain)
     return norm(gather_tokens(x, rows))
 
 

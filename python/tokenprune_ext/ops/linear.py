@@ -218,9 +218,10 @@ def _composed_backward(grad, x, weight, bias, index, scatter, add, activation):
 @_without_autocast
 def _kernel(x, weight, bias, index, features, scatter, add, activation):
     unit = _library.hopper_unit("gather_linear", x.device)
-    count = (x if index is None else index).shape[0]
-    if unit is not None and _fits_hopper(x, weight, count):
-        return unit(x, weight, bias, index, features, scatter, add, activation)
+    if unit is not None:
+        _check("gather_linear", x, weight, bias, index, features, scatter, activation)
+        if _fits_hopper(x, weight, (x if index is None else index).shape[0]):
+            return unit(x, weight, bias, index, features, scatter, add, activation)
     return _composition(x, weight, bias, index, features, scatter, add, activation)
 
 
