@@ -5,6 +5,7 @@
 
 #include "../common/check.h"
 #include "../packed/cpu.h"
+#include "../tokens/cpu.h"
 
 namespace tokenprune {
 namespace {
@@ -28,30 +29,31 @@ Tensor equal_starts(const Tensor& like, int64_t batch, int64_t tokens) {
   return starts;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> packed_attention(const Tensor& x, const Optional& norm_weight,
-                                                            const Optional& norm_bias, double norm_eps,
-                                                            const Tensor& packed_qkv, const Optional& bias_qkv,
-                                                            const Tensor& packed_proj, const Optional& bias_proj,
-                                                            const Optional& layer_scale, int64_t heads, int64_t dim,
-                                                            const Optional& cu_seqlens, int64_t max_seqlen,
-                                                            const Optional& key_bias, double scale, bool want_cls) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> packed_attention(
+    const Tensor& x, const Optional& norm_weight, const Optional& norm_bias, double norm_eps, const Tensor& packed_qkv,
+    const Optional& bias_qkv, const Tensor& packed_proj, const Optional& bias_proj, const Optional& layer_scale,
+    int64_t heads, int64_t dim, const Optional& indices, const Optional& cu_seqlens, int64_t max_seqlen,
+    const Optional& key_bias, double scale, bool want_cls) {
   const char* op = "packed_attention";
   const bool padded = !cu_seqlens.has_value();
+  TP_CHECK(!padded || !indices.has_value(), op, "cu_seqlens must be given with indices, got none");
   check_dim(op, "x", x, padded ? 3 : 2, padded ? "[B, N, C] without cu_seqlens" : "[T, C] with cu_seqlens");
   TP_CHECK(heads >= 0 && heads <= kMost, op, "num_heads must be in 0..", kMost, ", got ", heads);
   TP_CHECK(dim >= 0 && dim <= kMost, op, "head_dim must be in 0..", kMost, ", got ", dim);
   const int64_t batch = padded ? x.size(0) : 0, tokens = padded ? x.size(1) : max_seqlen;
-  const int64_t rows = padded ? batch * tokens : x.size(0), width = heads * dim, channels = x.size(x.dim() - 1);
+  const int64_t rows = padded ? batch * tokens : indices.has_value() ? indices->numel() : x.size(0);
+  const int64_t width = heads * dim, channels = x.size(x.dim() - 1);
   TP_CHECK(!padded || rows <= INT32_MAX, op, "x must have fewer than 2^31 tokens, got ", shape_text(x));
   const Tensor qkv =
-      packed_linear(x, packed_qkv, 3 * width, bias_qkv, true, norm_weight, norm_bias, norm_eps, 0, {}, {}, {});
+      packed_linear(x, packed_qkv, 3 * width, bias_qkv, true, norm_weight, norm_bias, norm_eps, 0, {}, {}, indices);
   const auto part = [&](int64_t place) { return view(qkv, {rows, heads, dim}, {3 * width, dim, 1}, place * width); };
   const Tensor starts = padded ? equal_starts(x, batch, tokens) : *cu_seqlens;
   auto [mixed, lse, cls] =
       sparse_attention(part(0), part(1), part(2), starts, starts, tokens, tokens, key_bias, {}, {}, scale, want_cls);
   const Tensor inner = padded ? view(mixed, {batch, tokens, width}, {tokens * width, width, 1}, 0)
                               : view(mixed, {rows, width}, {width, 1}, 0);
-  Tensor y = packed_linear(inner, packed_proj, channels, bias_proj, false, {}, {}, 0, 0, layer_scale, x, {});
+  const Tensor residual = indices.has_value() ? gather_tokens(x, *indices) : x;
+  Tensor y = packed_linear(inner, packed_proj, channels, bias_proj, false, {}, {}, 0, 0, layer_scale, residual, {});
   return {y, qkv, lse, cls};
 }
 

@@ -4,14 +4,16 @@
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tokenprune, m) {
   // (y, qkv, lse, cls): y = x + layer_scale * (attention(LN(x) Wqkv^T + bqkv) Wproj^T + bproj). x is [B, N, C], or [T,
-  // C] with cu_seqlens int32 [B + 1] and max_seqlen. packed_* of pack_linear: [3 * H * D, C] (columns q, k, v, then by
-  // head) and [C, H * D]; norm_weight, norm_bias [C] may be absent; key_bias [T] float32 (float64 beside float64);
-  // layer_scale [C]. qkv is [..., 3 * H * D], lse [H, T], cls [H, T] (empty unless want_cls) as of sparse_attention.
+  // C] with cu_seqlens int32 [B + 1] and max_seqlen; with indices too (int32 [T], -1 for a zero row), x is [R, C] and
+  // its rows x[indices] are meant. packed_* of pack_linear: [3 * H * D, C] (columns q, k, v, then by head) and [C, H *
+  // D]; norm_weight, norm_bias [C] may be absent; layer_scale [C]; key_bias [T] float32 (float64 beside float64). qkv
+  // is
+  // [..., 3 * H * D]; lse [H, T] and cls [H, T] (empty unless want_cls) are those of sparse_attention.
   m.def(
       "packed_attention(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, Tensor packed_qkv, "
       "Tensor? bias_qkv, Tensor packed_proj, Tensor? bias_proj, Tensor? layer_scale, SymInt num_heads, "
-      "SymInt head_dim, Tensor? cu_seqlens, SymInt max_seqlen, Tensor? key_bias, float scale, bool want_cls) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
+      "SymInt head_dim, Tensor? indices, Tensor? cu_seqlens, SymInt max_seqlen, Tensor? key_bias, float scale, "
+      "bool want_cls) -> (Tensor, Tensor, Tensor, Tensor)");
   // x + layer_scale * (act(LN(x) W1^T + b1) W2^T + b2). x [..., C]; packed_* of pack_linear: [hidden, C] and [C,
   // hidden]; act 0 none, 1 gelu (erf), 2 gelu (tanh), 3 quick gelu.
   m.def(

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // CPU registration: checks, allocation, and the loops over rows.
+#include "cpu.h"
+
 #include <cstring>
 
 #include "../common/dtype.h"
@@ -64,6 +66,8 @@ std::tuple<Tensor, Tensor> select_tokens_capacity(const Tensor& mask, int64_t ca
   return {indices, cu};
 }
 
+}  // namespace
+
 Tensor gather_tokens(const Tensor& x, const Tensor& indices) {
   RowCall call("gather_tokens", x, indices);
   const RowParams& p = call.p;
@@ -74,6 +78,8 @@ Tensor gather_tokens(const Tensor& x, const Tensor& indices) {
   });
   return out;
 }
+
+namespace {
 
 Tensor gather_tokens_backward(const Tensor& grad, const Tensor& indices, int64_t rows) {
   const char* op = "gather_tokens_backward";

@@ -12,7 +12,7 @@ from tests.ops.common import expect
 SCHEMAS = [
     "packed_attention(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, Tensor packed_qkv, "
     "Tensor? bias_qkv, Tensor packed_proj, Tensor? bias_proj, Tensor? layer_scale, SymInt num_heads, SymInt head_dim, "
-    "Tensor? cu_seqlens, SymInt max_seqlen, Tensor? key_bias, float scale, bool want_cls) "
+    "Tensor? indices, Tensor? cu_seqlens, SymInt max_seqlen, Tensor? key_bias, float scale, bool want_cls) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     "packed_mlp(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, Tensor packed_1, Tensor? bias_1, "
     "SymInt hidden, int act, Tensor packed_2, Tensor? bias_2, Tensor? layer_scale) -> Tensor",
@@ -28,9 +28,9 @@ def _normal(rng):
     return lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.float64)
 
 
-def make_attention(rng, lengths, heads, dim, channels, *, padded=False, full=False, want_cls=False):
+def make_attention(rng, lengths, heads, dim, channels, *, padded=False, full=False, want_cls=False, stored=0):
     normal, width, rows = _normal(rng), heads * dim, sum(lengths)
-    x = normal(len(lengths), lengths[0] if lengths else 0, channels) if padded else normal(rows, channels)
+    x = normal(len(lengths), lengths[0] if lengths else 0, channels) if padded else normal(stored or rows, channels)
     tensors = {
         "x": x + 0.5,
         "qkv": normal(3 * width, channels) / channels**0.5,
@@ -42,6 +42,8 @@ def make_attention(rng, lengths, heads, dim, channels, *, padded=False, full=Fal
     stats = {"key_bias": normal(rows)} if full else {}
     if not padded:
         tensors["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    if stored:
+        tensors["index"] = torch.randint(-1, stored, (rows,), generator=rng).to(torch.int32)
     return Sample(tensors | stats, {"heads": heads, "dim": dim, "want_cls": want_cls, "most": max(lengths, default=0)})
 
 
@@ -56,6 +58,7 @@ def run_attention(
     layer_scale=None,
     key_bias=None,
     cu_seqlens=None,
+    index=None,
     *,
     heads,
     dim,
@@ -70,6 +73,7 @@ def run_attention(
         num_heads=heads,
         head_dim=dim,
         layer_scale=layer_scale,
+        index=index,
         cu_seqlens=cu_seqlens,
         max_seqlen=most,
         key_bias=key_bias,
@@ -90,13 +94,17 @@ def oracle_attention(
     layer_scale=None,
     key_bias=None,
     cu_seqlens=None,
+    index=None,
     *,
     heads,
     dim,
     want_cls,
     most,
 ):
-    wide = F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, 1e-6), qkv, bias_qkv)
+    z = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, 1e-6)
+    if index is not None:
+        x, z = (torch.cat((t, t.new_zeros(1, t.shape[1])))[index.long()] for t in (x, z))
+    wide = F.linear(z, qkv, bias_qkv)
     flat = wide.reshape(-1, 3, heads, dim)
     lengths = [x.shape[1]] * x.shape[0] if cu_seqlens is None else cu_seqlens.diff().tolist()
     biases = flat.new_zeros(flat.shape[0]) if key_bias is None else key_bias
@@ -160,6 +168,7 @@ SPECS = [
         cases={
             "padded": {"lengths": [33, 33], "heads": 3, "dim": 16, "channels": 48, "padded": True, "full": True},
             "ragged": {"lengths": [5, 0, 70, 1], "heads": 2, "dim": 32, "channels": 40, "full": True, "want_cls": True},
+            "indexed": {"lengths": [9, 40], "heads": 2, "dim": 16, "channels": 40, "full": True, "stored": 23},
             "one_token": {"lengths": [1], "heads": 1, "dim": 8, "channels": 8, "padded": True, "want_cls": True},
             "wide_heads": {"lengths": [50], "heads": 2, "dim": 80, "channels": 64, "padded": True},
             "no_tokens": {"lengths": [0, 0], "heads": 2, "dim": 8, "channels": 16, "padded": True, "full": True},
@@ -233,13 +242,15 @@ def test_direct_calls_are_checked():
     raw, x = torch.ops.tokenprune.packed_attention, torch.randn(1, 3, 8)
     cu = torch.tensor([0, 3], dtype=torch.int32)
 
-    def call(x=x, qkv=qkv, heads=2, dim=4, cu=None, most=0, bias=None):
-        return raw(x, None, None, 1e-6, qkv, None, proj, None, None, heads, dim, cu, most, bias, 0.5, False)
+    def call(x=x, qkv=qkv, heads=2, dim=4, cu=None, most=0, bias=None, rows=None):
+        return raw(x, None, None, 1e-6, qkv, None, proj, None, None, heads, dim, rows, cu, most, bias, 0.5, False)
 
     assert torch.equal(call()[0][0], call(x[0], cu=cu, most=3)[0])
     for wrong, message in [
         ({"heads": -1}, "num_heads must be in"),
         ({"dim": 1 << 40}, "head_dim must be in"),
+        ({"rows": cu}, "cu_seqlens must be given with indices"),
+        ({"x": x[0], "rows": cu, "cu": cu, "most": 3}, "indices must be -1 or in"),
         ({"heads": 3}, r"packed must hold a float32 weight \[36, 8\]"),
         ({"x": x.double()}, "packed must hold a float64 weight"),
         ({"x": x[0]}, r"x must have shape \[B, N, C\]"),

@@ -228,7 +228,7 @@ class AttentionBranch:
 
         With ``rows``, int32 ``[T]`` flat row numbers of ``x``, of those rows alone: ``[T, C]``.
         """
-        whole = None if rows is not None else self._add_at_once(x, state, want)
+        whole = self._add_at_once(x, state, want, rows)
         if whole is not None:
             return whole
         *heads, z = self.start(x, state, rows)
@@ -236,7 +236,7 @@ class AttentionBranch:
         y = self.finish(x if rows is None else gather_tokens(x, rows), mixed, z, state)
         return y if want is None else (y, product)
 
-    def _add_at_once(self, x, state, want):
+    def _add_at_once(self, x, state, want, rows):
         """:meth:`add` in one call, or None where a part or the by-product stands in the way."""
         extra = self._rotary is not None or self._pair_bias is not None or self._gate is not None
         normed = self._q_norm is not None or self._k_norm is not None or self._out_norm is not None
@@ -254,13 +254,14 @@ class AttentionBranch:
         y, qkv, _, cls = call(
             "packed_attention",
             x.device,
-            x,
+            x if rows is None else x.flatten(0, -2),
             *norm,
             *first,
             *last,
             gamma,
             self.num_heads,
             self.head_dim,
+            rows,
             state.cu_seqlens,
             state.max_seqlen,
             None if bias is None else bias.flatten().to(stat_dtype(x.dtype)),
@@ -269,7 +270,7 @@ class AttentionBranch:
         )
         if want is None:
             return y
-        lead = x.shape[:-1]
+        lead = y.shape[:-1]
         if want == "cls":
             return y, cls.mean(0).view(lead)
         keys = qkv.view(*lead, 3, self.num_heads, self.head_dim).select(-3, 1)

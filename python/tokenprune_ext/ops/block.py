@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import attention, packed
 from ._register import call, check, check_floating, check_index, register, stat_dtype
+from .tokens import TokenIndex, gather_tokens
 
 __all__ = ["packed_attention", "packed_mlp"]
 
@@ -26,6 +27,7 @@ def packed_attention(
     num_heads: int,
     head_dim: int,
     layer_scale: Tensor | None = None,
+    index: TokenIndex | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int = 0,
     key_bias: Tensor | None = None,
@@ -42,6 +44,7 @@ def packed_attention(
         norm: ``(weight [C] or None, bias [C] or None, eps)``.
         num_heads, head_dim: H and D.
         layer_scale: ``[C]``.
+        index: with ``cu_seqlens``: the tokens are these rows of ``x [R, C]``, int32/int64 ``[T]``, -1 for a zero row.
         cu_seqlens: int32 ``[B + 1]``, starts of the sequences of packed tokens; max_seqlen bounds their lengths.
         key_bias: ``[T]``, added to the logits of every query, float32 (float64 for float64 values).
         scale: factor of the logits, default ``D ** -0.5``.
@@ -62,10 +65,13 @@ def packed_attention(
     else:
         check(x.dim() == 2, op, "x", "have shape [T, C] with cu_seqlens", tuple(x.shape))
         cu_seqlens = check_index(op, "cu_seqlens", cu_seqlens, x.device)
+    if index is not None:
+        check(cu_seqlens is not None, op, "cu_seqlens", "be given with an index", None)
+        index = check_index(op, "index", index.indices if isinstance(index, TokenIndex) else index, x.device)
     if key_bias is not None:
         key_bias = key_bias.to(stat_dtype(x.dtype))
     scale = head_dim**-0.5 if scale is None else scale
-    tail = num_heads, head_dim, cu_seqlens, max_seqlen, key_bias, scale, want_cls
+    tail = num_heads, head_dim, index, cu_seqlens, max_seqlen, key_bias, scale, want_cls
     return call(op, x.device, x, *norm, *qkv, *proj, layer_scale, *tail)
 
 
@@ -104,13 +110,14 @@ def packed_mlp(
 
 
 def _fake_attention(
-    x, norm_weight, norm_bias, eps, qkv, bias_qkv, proj, bias_proj, layer_scale, heads, dim, cu, most, bias, scale, cls
+    x, norm_weight, norm_bias, eps, qkv, b, proj, d, layer_scale, heads, dim, index, cu, most, bias, scale, cls
 ):
-    rows = x.shape[0] * x.shape[1] if cu is None else x.shape[0]
+    lead = x.shape[:-1] if index is None else index.shape
+    rows = lead[0] * lead[1] if cu is None else lead[0]
     stats = {"dtype": stat_dtype(x.dtype)}
     return (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        x.new_empty(*x.shape[:-1], 3 * heads * dim),
+        x.new_empty(*lead, x.shape[-1]),
+        x.new_empty(*lead, 3 * heads * dim),
         x.new_empty(heads, rows, **stats),
         x.new_empty(heads, rows if cls else 0, **stats),
     )
@@ -121,11 +128,27 @@ def _fake_mlp(x, *args):
 
 
 def _flops_attention(
-    x, norm_weight, norm_bias, eps, qkv, b, proj, d, layer_scale, heads, dim, cu, most, *args, out_val=None, **kwargs
+    x,
+    norm_weight,
+    norm_bias,
+    eps,
+    qkv,
+    b,
+    proj,
+    d,
+    layer_scale,
+    heads,
+    dim,
+    index,
+    cu,
+    most,
+    *args,
+    out_val=None,
+    **kwargs,
 ):
     padded = cu is None
-    pairs = x.shape[0] * x.shape[1] ** 2 if padded else attention._pairs(x, x, cu, cu, most, None, None)
-    return 8 * x.numel() * heads * dim + 4 * heads * dim * pairs
+    pairs = x.shape[0] * x.shape[1] ** 2 if padded else attention._pairs(x, x, cu, cu, most, index, index)
+    return 8 * out_val[0].numel() * heads * dim + 4 * heads * dim * pairs
 
 
 def _flops_mlp(x, norm_weight, norm_bias, eps, first, bias_1, hidden, *args, out_val=None, **kwargs):
@@ -133,17 +156,18 @@ def _flops_mlp(x, norm_weight, norm_bias, eps, first, bias_1, hidden, *args, out
 
 
 def _reference_attention(
-    x, norm_weight, norm_bias, eps, qkv, bias_qkv, proj, bias_proj, layer_scale, heads, dim, cu, most, bias, scale, cls
+    x, norm_weight, norm_bias, eps, qkv, b, proj, d, layer_scale, heads, dim, index, cu, most, bias, scale, cls
 ):
     linear = packed._reference_linear
     if cu is None:
         most = x.shape[1]
         cu = torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device) * most
-    wide = linear(x, qkv, 3 * heads * dim, bias_qkv, True, norm_weight, norm_bias, eps, 0, None, None, None)
+    wide = linear(x, qkv, 3 * heads * dim, b, True, norm_weight, norm_bias, eps, 0, None, None, index)
     parts = wide.reshape(-1, 3, heads, dim).unbind(1)
     mixed, lse, row = attention._reference_attention(*parts, cu, cu, most, most, bias, None, None, scale, cls)
-    mixed = mixed.reshape(*x.shape[:-1], heads * dim)
-    y = linear(mixed, proj, x.shape[-1], bias_proj, False, None, None, 0.0, 0, layer_scale, x, None)
+    mixed = mixed.reshape(*wide.shape[:-1], heads * dim)
+    x = x if index is None else gather_tokens(x, index)
+    y = linear(mixed, proj, x.shape[-1], d, False, None, None, 0.0, 0, layer_scale, x, None)
     return y, wide, lse, row
 
 
