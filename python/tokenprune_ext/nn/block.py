@@ -240,9 +240,9 @@ class AttentionBranch:
         """:meth:`add` in one call, or None where a part or the by-product stands in the way."""
         extra = self._rotary is not None or self._pair_bias is not None or self._gate is not None
         normed = self._q_norm is not None or self._k_norm is not None or self._out_norm is not None
-        if extra or normed or len(self._projections) > 1 or self.drops_weights:
+        if not self.is_packed or extra or normed or len(self._projections) > 1:
             return None
-        if want not in _AT_ONCE or not in_one_call():
+        if self.drops_weights or want not in _AT_ONCE or not in_one_call():
             return None
         norm, (plain, gamma) = plain_norm(self.norm), plain_scale(self._layer_scale, self._drop_path)
         if norm is None or not plain or not idle(self._proj_drop):
