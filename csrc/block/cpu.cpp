@@ -3,6 +3,8 @@
 // on the way from one op to the next, because the weights push the interpreter's code and data out of the cache.
 #include "../attention/cpu.h"
 
+#include <algorithm>
+
 #include "../common/check.h"
 #include "../packed/cpu.h"
 #include "../tokens/cpu.h"
@@ -27,6 +29,24 @@ Tensor equal_starts(const Tensor& like, int64_t batch, int64_t tokens) {
   const Tensor starts = allocate(like, {batch + 1}, ScalarType::Int);
   for (int64_t b = 0; b <= batch; ++b) mutable_data<int32_t>(starts)[b] = static_cast<int32_t>(b * tokens);
   return starts;
+}
+
+template <typename C>
+void fill_mean(const Tensor& x, C* mean) {
+  const C* from = data<C>(x);
+  const int64_t heads = x.size(0), n = x.size(1);
+  std::fill(mean, mean + n, C(0));
+  for (int64_t h = 0; h < heads; ++h) {
+    for (int64_t i = 0; i < n; ++i) mean[i] += from[h * n + i];
+  }
+  for (int64_t i = 0; i < n; ++i) mean[i] /= static_cast<C>(heads);
+}
+
+Tensor mean_over_heads(const Tensor& x) {  // [H, T] -> [T]
+  Tensor mean = allocate(x, {x.size(1)});
+  x.scalar_type() == ScalarType::Double ? fill_mean(x, mutable_data<double>(mean))
+                                        : fill_mean(x, mutable_data<float>(mean));
+  return mean;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> packed_attention(
@@ -54,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> packed_attention(
                               : view(mixed, {rows, width}, {width, 1}, 0);
   const Tensor residual = indices.has_value() ? gather_tokens(x, *indices) : x;
   Tensor y = packed_linear(inner, packed_proj, channels, bias_proj, false, {}, {}, 0, 0, layer_scale, residual, {});
-  return {y, qkv, lse, cls};
+  return {y, qkv, lse, mean_over_heads(cls)};
 }
 
 Tensor packed_mlp(const Tensor& x, const Optional& norm_weight, const Optional& norm_bias, double norm_eps,

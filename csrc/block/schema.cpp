@@ -7,8 +7,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tokenprune, m) {
   // C] with cu_seqlens int32 [B + 1] and max_seqlen; with indices too (int32 [T], -1 for a zero row), x is [R, C] and
   // its rows x[indices] are meant. packed_* of pack_linear: [3 * H * D, C] (columns q, k, v, then by head) and [C, H *
   // D]; norm_weight, norm_bias [C] may be absent; layer_scale [C]; key_bias [T] float32 (float64 beside float64). qkv
-  // is
-  // [..., 3 * H * D]; lse [H, T] and cls [H, T] (empty unless want_cls) are those of sparse_attention.
+  // is [..., 3 * H * D]; lse [H, T] that of sparse_attention; cls [T] (empty unless want_cls) its mean over the heads.
   m.def(
       "packed_attention(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, Tensor packed_qkv, "
       "Tensor? bias_qkv, Tensor packed_proj, Tensor? bias_proj, Tensor? layer_scale, SymInt num_heads, "

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // CPU registration: checks, allocation, ranking of the matches, and the loops over rows.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <numeric>
 
@@ -174,7 +175,31 @@ std::tuple<Tensor, Tensor> merge_tokens_backward(const Tensor& grad, const Tenso
   return {grad_x, grad_size};
 }
 
+template <typename C>
+void fill_log(const Tensor& sizes, const Tensor& logs) {
+  const C* size = data<C>(sizes);
+  C* to = mutable_data<C>(logs);
+  for (int64_t i = 0; i < sizes.numel(); ++i) to[i] = std::log(size[i]);
+}
+
+// Without the way back to Python in between, which small models at batch 1 feel.
+std::tuple<Tensor, Tensor, Tensor, Tensor> match_and_merge(const Tensor& x, const Tensor& metric, int64_t r,
+                                                           const Optional& size, bool class_token, bool distill_token,
+                                                           int64_t num_prefix) {
+  const char* op = "match_and_merge";
+  check_dim(op, "x", x, 3, "[B, T, C]");
+  TP_CHECK(metric.dim() >= 3 && metric.size(0) == x.size(0) && metric.size(1) == x.size(1), op,
+           "metric must have shape [", x.size(0), ", ", x.size(1), ", ...] as x, got ", shape_text(metric));
+  const Tensor parent = std::get<3>(bipartite_soft_matching(metric, r, class_token, distill_token, num_prefix));
+  auto [y, size_out] = merge_tokens(x, parent, x.size(1) - r, size, size.has_value() ? kMergeWeighted : kMergeMean);
+  Tensor log_size = allocate(size_out, {size_out.size(0), size_out.size(1)});
+  size_out.scalar_type() == ScalarType::Double ? fill_log<double>(size_out, log_size)
+                                               : fill_log<float>(size_out, log_size);
+  return {y, size_out, log_size, parent};
+}
+
 STABLE_TORCH_LIBRARY_IMPL(tokenprune, CPU, m) {
+  m.impl("match_and_merge", TORCH_BOX(&match_and_merge));
   m.impl("bipartite_soft_matching", TORCH_BOX(&bipartite_soft_matching));
   m.impl("nearest_tokens", TORCH_BOX(&nearest_tokens));
   m.impl("merge_tokens", TORCH_BOX(&merge_tokens));

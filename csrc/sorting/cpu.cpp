@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // CPU registration: checks, allocation, and the loops over rows.
+#include "cpu.h"
+
 #include "../common/dtype.h"
 #include "../common/parallel.h"
 #include "checks.h"
@@ -12,6 +14,8 @@ namespace {
 using Optional = std::optional<Tensor>;
 
 const SortingKernels& kernels(Dtype dtype) { return dtype == kFloat64 ? sorting_kernels_generic : sorting_kernels(); }
+
+}  // namespace
 
 Tensor argsort_rows(const Tensor& input) {
   const char* op = "argsort_rows";
@@ -30,6 +34,8 @@ Tensor argsort_rows(const Tensor& input) {
   });
   return order;
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor> balanced_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_order,
                                               const Tensor& k_order, const Optional& q_lengths,

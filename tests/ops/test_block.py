@@ -114,12 +114,11 @@ def oracle_attention(
         logits = q @ k.mT * dim**-0.5 + bias
         mixed.append((logits.softmax(-1) @ v).transpose(0, 1))
         lse.append(logits.logsumexp(-1))
-        cls.append(logits[:, :1].softmax(-1).sum(1))
+        cls.append(logits[:, :1].softmax(-1).sum((0, 1)) / max(heads, 1))
     inner = torch.cat([flat[:0, 0], *mixed]).reshape(*x.shape[:-1], heads * dim)
     y = F.linear(inner, proj, bias_proj)
     y = x + (y if layer_scale is None else y * layer_scale)
-    nothing = flat.new_zeros(heads, 0)
-    out = y, wide, torch.cat([nothing, *lse], 1), torch.cat([nothing, *cls], 1)
+    out = y, wide, torch.cat([flat.new_zeros(heads, 0), *lse], 1), torch.cat([flat.new_zeros(0), *cls])
     return out if want_cls else out[:3]
 
 

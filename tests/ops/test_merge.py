@@ -17,6 +17,8 @@ SCHEMAS = [
     "merge_tokens(Tensor x, Tensor parent, SymInt out_len, Tensor? size, int mode) -> (Tensor y, Tensor size_out)",
     "merge_tokens_backward(Tensor grad, Tensor x, Tensor y, Tensor parent, Tensor? size, Tensor size_out, "
     "Tensor? grad_size_out, int mode) -> (Tensor grad_x, Tensor grad_size)",
+    "match_and_merge(Tensor x, Tensor metric, SymInt r, Tensor? size, bool class_token, bool distill_token, "
+    "SymInt num_prefix) -> (Tensor y, Tensor size_out, Tensor log_size, Tensor parent)",
 ]
 
 
@@ -59,6 +61,14 @@ def make_unmerge(rng, batch, tokens, channels, out_len):
     return Sample({"y": normal(rng, batch, out_len, channels), "parent": sample.inputs["parent"]})
 
 
+def make_whole(rng, batch, tokens, channels, r, size=True, heads=0, **options):
+    metric = normal(rng, batch, tokens, heads, 8) if heads else normal(rng, batch, tokens, 8)
+    inputs = {"x": normal(rng, batch, tokens, channels), "metric": metric}
+    if size:
+        inputs["size"] = torch.randint(1, 6, (batch, tokens), generator=rng).double()
+    return Sample(inputs, {"r": r, **options})
+
+
 def make_step(rng, batch, tokens, channels, r):
     return Sample({"x": normal(rng, batch, tokens, channels), "metric": normal(rng, batch, tokens, 8)}, {"r": r})
 
@@ -95,6 +105,11 @@ def merge(x, parent, out_len, mode, size=None):
 
 def unmerge(y, parent):
     return ops.unmerge_tokens(y, matching_of(parent, y.shape[1]))
+
+
+def whole(x, metric, r, size=None, **options):
+    *values, parent = ops.match_and_merge(x, metric, r, size=size, **options)
+    return *values, parent_of(ops.Matching(metric, metric, metric, parent, 0), x)
 
 
 def step(x, metric, r):
@@ -203,6 +218,14 @@ def oracle_step(x, metric, r):
     return y, size, oracle_unmerge(y, parent)
 
 
+def oracle_whole(x, metric, r, size=None, **options):
+    metric = metric.mean(2) if metric.dim() == 4 else metric
+    *_, parent = oracle_match(metric, r, **options)
+    out_len = x.shape[1] - oracle_match(metric, r, **options)[1].shape[1]
+    y, size = oracle_merge(x, parent, out_len, "weighted", size)
+    return y, size, size.log(), parent
+
+
 # ---------------------------------------------------------------- specs
 
 MATCH_CASES = {
@@ -249,6 +272,49 @@ def merge_spec(name, mode, size, grads):
         lambda n: {"batch": 2, "tokens": n, "channels": 12, "out_len": 4, **extra},
         {**FUZZ, "mode": [mode], "size": [size]},
         {**SMALL, **extra},
+        grads,
+        frozenset({"size"}),
+    )
+
+
+WHOLE_CASES = {
+    "class": {"batch": 2, "tokens": 17, "channels": 20, "r": 4, "class_token": True},
+    "distill": {
+        "batch": 2,
+        "tokens": 18,
+        "channels": 8,
+        "r": 3,
+        "heads": 3,
+        "class_token": True,
+        "distill_token": True,
+    },
+    "prefix": {"batch": 1, "tokens": 21, "channels": 8, "r": 6, "num_prefix": 5},
+    "clamped": {"batch": 2, "tokens": 13, "channels": 8, "r": 100},
+    "nothing": {"batch": 2, "tokens": 9, "channels": 4, "r": 0},
+    "one": {"batch": 1, "tokens": 1, "channels": 4, "r": 3, "class_token": True},
+    "no_tokens": {"batch": 2, "tokens": 0, "channels": 4, "r": 1},
+    "no_images": {"batch": 0, "tokens": 9, "channels": 4, "r": 2},
+}
+
+
+def whole_spec(name, size, grads):
+    extra = {"size": size}
+    return OpSpec(
+        name,
+        whole,
+        oracle_whole,
+        make_whole,
+        {n: {**c, **extra} for n, c in WHOLE_CASES.items()},
+        lambda n: {"batch": 3, "tokens": n, "channels": 12, "r": 2, "class_token": True, **extra},
+        {
+            "batch": (0, 2),
+            "tokens": (0, 20),
+            "channels": (1, 20),
+            "r": (0, 12),
+            "num_prefix": [None, 1],
+            "size": [size],
+        },
+        {"batch": 1, "tokens": 7, "channels": 3, "r": 2, **extra},
         grads,
         frozenset({"size"}),
     )
@@ -312,6 +378,8 @@ SPECS = [
         SMALL,
         ("y",),
     ),
+    whole_spec("match_and_merge", True, ("x", "size")),
+    whole_spec("match_and_merge_ones", False, ("x",)),
     OpSpec(
         "tome_step",
         step,

@@ -8,7 +8,6 @@ from .places import PairBias, Rotary
 from .state import (
     TokenState,
     pad_rows,
-    rank_patches,
     row_positions,
     sequence_of_row,
     split_prefix,
@@ -32,7 +31,6 @@ __all__ = [
     "grid_reference_points",
     "pack",
     "pad_rows",
-    "rank_patches",
     "row_positions",
     "run_block",
     "sequence_of_row",

@@ -272,7 +272,7 @@ class AttentionBranch:
             return y
         lead = y.shape[:-1]
         if want == "cls":
-            return y, cls.mean(0).view(lead)
+            return y, cls.view(lead)
         keys = qkv.view(*lead, 3, self.num_heads, self.head_dim).select(-3, 1)
         return y, keys if want == "keys" else keys.mean(-2)
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is known about the tokens that a model currently processes. The tokens themselves travel beside it."""
 
-import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -146,13 +145,6 @@ class TokenState:
 
 
 torch.export.register_dataclass(TokenState, serialized_type_name="tokenprune_ext.TokenState")
-
-
-def rank_patches(score: Tensor, prefix: int) -> Tensor:
-    """Prefix tokens, then patches by descending score ``[B, N]``: positions, int64. Ties as they stand, NaN last."""
-    key = -score.detach()
-    key[:, :prefix] = -math.inf
-    return key.argsort(dim=1, stable=True)
 
 
 def sequence_of_row(cu_seqlens: Tensor, rows: int) -> Tensor:

@@ -48,10 +48,10 @@ def packed_attention(
         cu_seqlens: int32 ``[B + 1]``, starts of the sequences of packed tokens; max_seqlen bounds their lengths.
         key_bias: ``[T]``, added to the logits of every query, float32 (float64 for float64 values).
         scale: factor of the logits, default ``D ** -0.5``.
-        want_cls: also return the probabilities of each sequence's first query.
+        want_cls: also return the probabilities of each sequence's first query, averaged over heads.
 
     Returns:
-        ``(y, qkv [..., 3 * H * D], lse [H, T], cls [H, T])``; ``cls`` is empty unless wanted.
+        ``(y, qkv [..., 3 * H * D], lse [H, T], cls [T])``; ``cls`` is empty unless wanted.
 
     Raises:
         ValueError, TypeError: wrong shape, dtype or device. RuntimeError: wrong contents of ``cu_seqlens``, or a weight that
@@ -119,7 +119,7 @@ def _fake_attention(
         x.new_empty(*lead, x.shape[-1]),
         x.new_empty(*lead, 3 * heads * dim),
         x.new_empty(heads, rows, **stats),
-        x.new_empty(heads, rows if cls else 0, **stats),
+        x.new_empty(rows if cls else 0, **stats),
     )
 
 
@@ -168,7 +168,7 @@ def _reference_attention(
     mixed = mixed.reshape(*wide.shape[:-1], heads * dim)
     x = x if index is None else gather_tokens(x, index)
     y = linear(mixed, proj, x.shape[-1], d, False, None, None, 0.0, 0, layer_scale, x, None)
-    return y, wide, lse, row
+    return y, wide, lse, row.mean(0)
 
 
 def _reference_mlp(x, norm_weight, norm_bias, eps, first, bias_1, hidden, act, second, bias_2, layer_scale):

@@ -17,6 +17,7 @@ __all__ = [
     "Matching",
     "bipartite_soft_matching",
     "kth_bipartite_soft_matching",
+    "match_and_merge",
     "merge_sources",
     "merge_tokens",
     "random_bipartite_soft_matching",
@@ -71,19 +72,12 @@ def bipartite_soft_matching(
     if metric.dim() == 4 and metric.device.type != "cpu":
         metric = metric.mean(2)  # elsewhere not part of the kernel
     _check_metric(op, metric, heads=True)
-    check(r >= 0, op, "r", "be >= 0", r)
-    if num_prefix is not None:
-        lone = not (class_token or distill_token)
-        check(lone, op, "num_prefix", "not be given with class_token or distill_token", num_prefix)
-        check(num_prefix >= 0, op, "num_prefix", "be >= 0", num_prefix)
-    tokens = metric.shape[1]
-    protected = int(class_token) + int(distill_token) if num_prefix is None else num_prefix
-    r = min(r, (tokens - protected) // 2)
+    r = _merges(op, metric.shape[1], r, class_token, distill_token, num_prefix)
     if r <= 0:
         return _identity(metric)
     metric = metric.detach()
     unm, src, dst, parent = call(op, metric.device, metric, r, class_token, distill_token, num_prefix or 0)
-    return Matching(unm, src, dst, parent, tokens - r)
+    return Matching(unm, src, dst, parent, metric.shape[1] - r)
 
 
 def kth_bipartite_soft_matching(metric: Tensor, k: int) -> Matching:
@@ -170,6 +164,49 @@ def merge_tokens(
     return call(op, x.device, x, parent, matching.num_tokens_out, size, _MODES[mode])
 
 
+def match_and_merge(
+    x: Tensor,
+    metric: Tensor,
+    r: int,
+    *,
+    size: Tensor | None = None,
+    class_token: bool = False,
+    distill_token: bool = False,
+    num_prefix: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """A whole step of ToMe: :func:`bipartite_soft_matching`, then :func:`merge_tokens` weighted by size.
+
+    Args:
+        x: ``[B, T, C]``.
+        metric, r, class_token, distill_token, num_prefix: as in :func:`bipartite_soft_matching`.
+        size: ``[B, T]``, how many original tokens each token stands for (default ones).
+
+    Returns:
+        ``(y [B, T', C], size' [B, T'], log(size') [B, T'], parent)``; parent int32 ``[B, T]``, or None where nothing
+        merges. Differentiable in x and size.
+
+    Raises:
+        As the two.
+    """
+    op = "match_and_merge"
+    _check_metric(op, metric, heads=True)
+    if metric.shape[:2] != x.shape[:2]:
+        check(False, op, "metric", "be of {} tokens", tuple(metric.shape), list(x.shape[:2]))
+    one_call = x.device.type != "cuda" and x.dim() == 3 and (size is None or size.shape == x.shape[:2])
+    options = {"class_token": class_token, "distill_token": distill_token, "num_prefix": num_prefix}
+    merges = _merges(op, x.shape[1], r, *options.values())
+    if not one_call or merges == 0:
+        matching = bipartite_soft_matching(metric, r, **options)
+        y, size = merge_tokens(x, matching, size=size, mode="weighted")
+        return y, size, size.log(), matching.parent
+    check_floating(op, x=x)
+    for name, tensor in (("metric", metric), ("size", x if size is None else size)):
+        if tensor.device != x.device:
+            check(False, op, name, "be on {}", tensor.device, x.device)
+    size = None if size is None else size.to(stat_dtype(x.dtype))
+    return call(op, x.device, x, metric.detach(), merges, size, class_token, distill_token, num_prefix or 0)
+
+
 def unmerge_tokens(y: Tensor, matching: Matching) -> Tensor:
     """Give every original token the value of its group: ``[B, T', C] -> [B, T, C]`` (dropped tokens get zeros)."""
     check(y.dim() == 3, "unmerge_tokens", "y", "have shape [B, T', C]", tuple(y.shape))
@@ -204,6 +241,18 @@ def _check_metric(op, metric, heads=False):
     check_floating(op, metric=metric)
     if metric.dim() != 3 and not (heads and metric.dim() == 4):
         check(False, op, "metric", "have shape [B, T, C]{}", tuple(metric.shape), " or [B, T, H, D]" if heads else "")
+
+
+def _merges(op, tokens, r, class_token, distill_token, num_prefix):
+    """How many merge: at most half of the unprotected tokens."""
+    if r < 0:
+        check(False, op, "r", "be >= 0", r)
+    protected = int(class_token) + int(distill_token)
+    if num_prefix is not None:
+        check(protected == 0, op, "num_prefix", "not be given with class_token or distill_token", num_prefix)
+        check(num_prefix >= 0, op, "num_prefix", "be >= 0", num_prefix)
+        protected = num_prefix
+    return max(min(r, (tokens - protected) // 2), 0)
 
 
 def _identity(metric):
@@ -248,6 +297,13 @@ def _fake_merge(x, parent, out_len, size, mode):
     return x.new_empty(batch, out_len, channels), x.new_empty(batch, out_len, dtype=stat_dtype(x.dtype))
 
 
+def _fake_step(x, metric, r, size, class_token, distill_token, num_prefix):
+    batch, tokens, channels = x.shape
+    sizes = x.new_empty(batch, tokens - r, dtype=stat_dtype(x.dtype))
+    parent = x.new_empty(batch, tokens, dtype=torch.int32)
+    return x.new_empty(batch, tokens - r, channels), sizes, torch.empty_like(sizes), parent
+
+
 def _fake_merge_backward(grad, x, y, parent, size, size_out, grad_size_out, mode):
     return x.new_empty(x.shape), size_out.new_empty(x.shape[:2])
 
@@ -266,6 +322,22 @@ def _backward_merge(ctx, grad, grad_size_out):
         grad, x, y, parent, size, size_out, grad_size_out, ctx.mode
     )
     return grad_x, None, None, None if size is None else grad_size, None
+
+
+def _setup_step(ctx, inputs, output):
+    y, size_out, _, parent = output
+    ctx.save_for_backward(inputs[0], parent, inputs[3], y, size_out)
+    ctx.mark_non_differentiable(parent)
+
+
+def _backward_step(ctx, grad, grad_size_out, grad_log, _):
+    x, parent, size, y, size_out = ctx.saved_tensors
+    mode = _MODES["mean" if size is None else "weighted"]
+    grad_size_out = grad_size_out + grad_log / size_out
+    grad_x, grad_size = torch.ops.tokenprune.merge_tokens_backward(
+        grad, x, y, parent, size, size_out, grad_size_out, mode
+    )
+    return grad_x, None, None, None if size is None else grad_size, None, None, None
 
 
 def _vmap_merge(info, dims, x, parent, out_len, size, mode):
@@ -348,6 +420,18 @@ def _reference_merge(x, parent, out_len, size, mode):
     return y.to(x.dtype), size_out
 
 
+def _reference_step(x, metric, r, size, class_token, distill_token, num_prefix):
+    parent = _reference_matching(metric, r, class_token, distill_token, num_prefix)[3]
+    mode = _MODES["mean" if size is None else "weighted"]
+    y, size = _reference_merge(x, parent, x.shape[1] - r, size, mode)
+    return y, size, size.log(), parent
+
+
+def _flops_step(x, metric, *args, out_val=None, **kwargs):
+    batch, tokens = x.shape[:2]
+    return _flops_nearest((tokens + 1) // 2, tokens // 2, metric.shape[-1], batch)
+
+
 register(
     "bipartite_soft_matching",
     fake=_fake_matching,
@@ -373,3 +457,11 @@ register(
     vmap=_vmap_merge,
 )
 register("merge_tokens_backward", fake=_fake_merge_backward)
+register(
+    "match_and_merge",
+    fake=_fake_step,
+    reference=_reference_step,
+    setup_context=_setup_step,
+    backward=_backward_step,
+    flops=_flops_step,
+)

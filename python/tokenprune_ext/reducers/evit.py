@@ -10,8 +10,16 @@ import math
 import torch
 from torch import Tensor
 
-from ..nn import TokenState, pad_rows, rank_patches, row_positions, sequence_of_row
-from ..ops import Matching, gather_tokens, merge_tokens, scatter_tokens, select_tokens
+from ..nn import TokenState, pad_rows, row_positions, sequence_of_row
+from ..ops import (
+    Matching,
+    gather_tokens,
+    keep_top_tokens,
+    merge_tokens,
+    rank_tokens,
+    scatter_tokens,
+    select_tokens,
+)
 from ._base import Reducer, register
 
 __all__ = ["EViT"]
@@ -116,23 +124,16 @@ class EViT(Reducer):
         return counts
 
     def _select(self, x, score, state, layer):
-        batch, tokens, _ = x.shape
+        tokens = x.shape[1]
         prefix, patches = state.num_prefix, tokens - state.num_prefix
         left = math.ceil(self.keep[layer] * patches)
         if left == patches:
             return x, state
-        order = rank_patches(score, prefix)[:, : prefix + left]
-        rows = order + torch.arange(0, batch * tokens, tokens, device=x.device)[:, None]
-        chosen = gather_tokens(x, rows.flatten().to(torch.int32)).unflatten(0, (batch, prefix + left))
+        chosen, order = keep_top_tokens(x, score, left, num_prefix=prefix, fuse=self.fuse_token)
         if "parent" in state.carry:
             stage = {f"kept.{layer}": (order[:, prefix:] - prefix).to(torch.int32), f"features.{layer}": x[:, prefix:]}
             state = _follow(state, order, tokens, self.fuse_token).with_carry(**stage)
-        state = _take(state, order, self.fuse_token)
-        if self.fuse_token:
-            weights = score.scatter(1, order, 0)  # float32: PyTorch's product of such a thin matrix is slow in bfloat16
-            fused = weights[:, None] @ x.to(weights.dtype)
-            chosen = torch.cat([chosen, fused.to(x.dtype)], 1)
-        return chosen, state
+        return chosen, _take(state, order, self.fuse_token)
 
     def _select_ragged(self, x, score, state, layer):
         cu_seqlens, prefix, rows = state.cu_seqlens, state.num_prefix, x.shape[0]
@@ -141,7 +142,7 @@ class EViT(Reducer):
         left = (patches.double() * self.keep[layer]).ceil().to(torch.int32)
         pruned = left < patches
         padded = pad_rows(score, cu_seqlens, state.max_seqlen, -math.inf)
-        ranked = rank_patches(padded.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf), prefix)
+        ranked, _ = rank_tokens(padded.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf), num_prefix=prefix)
         column = torch.arange(state.max_seqlen + 1, device=x.device)
         ranked = torch.where(pruned[:, None], ranked, column[:-1])
         # One slot per image behind its kept tokens is for the fused token.

@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..nn import TokenState, pad_rows, rank_patches, sequence_of_row
-from ..ops import Matching, TokenIndex, merge_tokens, scatter_tokens, select_tokens
+from ..nn import TokenState, pad_rows, sequence_of_row
+from ..ops import Matching, TokenIndex, merge_tokens, rank_tokens, running_scores, scatter_tokens, select_tokens
 from ._base import Reducer, register
 
 __all__ = ["EvoViT"]
@@ -34,8 +34,8 @@ class EvoViT(Reducer):
         class_token: whether the model has a class token, which the scores need.
         fast_idle: plain layers behind the last pruned one make no scores; they are the model's own if nothing is pruned.
 
-    ``carry["score"]`` (aligned with the tokens; what it says of prefix tokens is never read) is the running class
-    attention, ``carry["order"]`` (``[B, N]``) the tokens in the order of the last sorting, prefix first.
+    ``carry["score"]`` (of all tokens, inside a pruned layer too; what it says of prefix tokens is never read) is the running
+    class attention, ``carry["order"]`` (``[B, N]``) the tokens in the order of the last sorting, prefix first.
     """
 
     def __init__(
@@ -88,10 +88,12 @@ class EvoViT(Reducer):
 
     def attention(self, x: Tensor, state: TokenState, layer: int, branch) -> tuple[Tensor, TokenState]:
         """Attention with the residual, and the running class attention."""
-        x, score = branch.add(x, state, "cls", rows=state.carry.get("rows"))
+        rows, running = state.carry.get("rows"), state.carry.get("score")
+        x, score = branch.add(x, state, "cls", rows=rows)
         score = score if self.summary else score.detach()
-        if "score" in state.carry:
-            score = torch.lerp(state.carry["score"].to(score.dtype), score, self.tradeoff[layer])
+        if running is not None:
+            flat = running.flatten().to(score.dtype)
+            score = running_scores(flat, score.flatten(), self.tradeoff[layer], rows).view(running.shape)
         return x, state.with_carry(score=score)
 
     def plan(self, depth: int, n: int) -> list[tuple[int, int]]:
@@ -109,14 +111,9 @@ class EvoViT(Reducer):
         batch, tokens = (state.cu_seqlens.shape[0] - 1, state.max_seqlen) if state.packed else x.shape[:2]
         count = state.num_prefix + math.floor((tokens - state.num_prefix) * self.ratio[layer])
         score = state.carry["score"].view(batch, tokens)
-        order = rank_patches(score, state.num_prefix)
-        chosen = order[:, :count]
-        rows = (chosen + torch.arange(0, batch * tokens, tokens, device=x.device)[:, None]).flatten().to(torch.int32)
-        cu_seqlens = torch.arange(0, batch * count + 1, count, dtype=torch.int32, device=x.device)
-        inner = state.gathered(TokenIndex(rows, cu_seqlens, count), rows=rows, score=score.gather(1, chosen).flatten())
-        y, after = run(x.flatten(0, -2), inner)
-        score = score.scatter(1, chosen, after.carry["score"].view(batch, count)).view(x.shape[:-1])
-        return scatter_tokens(x, y, rows), state.with_carry(score=score, order=order)
+        order, index = rank_tokens(score, count, num_prefix=state.num_prefix)
+        y, after = run(x.flatten(0, -2), state.gathered(index, rows=index.indices))
+        return scatter_tokens(x, y, index), state.with_carry(score=after.carry["score"], order=order)
 
     def _prune_any(self, x, state, layer, run):
         """A pruned layer for packed images of any length, and for summary tokens.
@@ -130,16 +127,14 @@ class EvoViT(Reducer):
         if self.summary:
             summary = _summary(packed_x, score, rows, packed)
             tokens, extra = torch.cat([packed_x, summary]), summary.shape[0]
-        old = torch.cat([score, score.new_zeros(extra)])[rows.long()]
-        y, after = run(tokens, packed.gathered(index, extra, rows=rows, score=old))
+        running = torch.cat([score, score.new_zeros(extra)])
+        y, after = run(tokens, packed.gathered(index, extra, rows=rows, score=running))
         if self.summary:
             last = index.cu_seqlens[1:].long() - 1
             update = torch.where(held_back[:, None], y[last] - summary, 0)
             packed_x = packed_x + update[sequence_of_row(packed.cu_seqlens, count)]
             rows = torch.where(rows < count, rows, -1)  # the summaries themselves go nowhere
-        slots = torch.where(rows < 0, count, rows).long()
-        score = torch.cat([score, score.new_zeros(1)]).scatter(0, slots, after.carry["score"])[:count]
-        carry = {"score": score.view(x.shape[:-1]), "order": order}
+        carry = {"score": after.carry["score"][:count].view(x.shape[:-1]), "order": order}
         return scatter_tokens(packed_x, y, rows).view(x.shape), state.with_carry(**carry)
 
     def _slow(self, score, state, layer):
@@ -150,7 +145,7 @@ class EvoViT(Reducer):
         slow = (patches.double() * self.ratio[layer]).floor().to(torch.int32)
         # What is no token ties with the worst score and comes behind it, being behind the end.
         padded = pad_rows(score, cu_seqlens, longest, -math.inf)
-        order = rank_patches(padded.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf), prefix)
+        order, _ = rank_tokens(padded.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf), num_prefix=prefix)
         column = torch.arange(longest, dtype=torch.int32, device=device)
         first = column < torch.minimum(lengths, prefix + slow)[:, None]
         chosen = torch.zeros_like(first).scatter(1, order, first)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..nn import TokenState, pad_rows, sequence_of_row, unpad_rows
-from ..ops import Matching, bipartite_soft_matching, merge_tokens
+from ..ops import Matching, bipartite_soft_matching, match_and_merge, merge_tokens
 from ._base import Reducer, register
 from ._trace import restore_by_parent
 
@@ -135,14 +135,12 @@ class ToMe(Reducer):
         return {"class_token": self.class_token, "distill_token": self.distill_token}
 
     def _merge(self, x, metric, state, r):
-        matching = bipartite_soft_matching(metric, r, **self._flags(state))
+        x, size, log_size, parent = match_and_merge(x, metric, r, size=state.size, **self._flags(state))
         index = state.index
-        x, size = merge_tokens(x, matching, size=state.size, mode="weighted")
-        if matching.parent is not None:
-            state = state.reparent(matching.parent)
-            index = _first_source(matching.parent, index, matching.num_tokens_out)
-        bias = size.log() if self.prop_attn else state.key_bias
-        return x, state.replace(index=index, size=size, key_bias=bias)
+        if parent is not None:
+            state = state.reparent(parent)
+            index = _first_source(parent, index, x.shape[1])
+        return x, state.replace(index=index, size=size, key_bias=log_size if self.prop_attn else state.key_bias)
 
     def _merge_ragged(self, x, metric, state, r):
         cu_seqlens, rows, batch = state.cu_seqlens, x.shape[0], state.cu_seqlens.shape[0] - 1

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens by rank: the order, the best with the others fused into one (EViT, arXiv 2202.07800), running scores (Evo-ViT,
+arXiv 2108.01390).
+
+Plain PyTorch can do all of this in a few ops; each of these is one, because small models at batch 1 spend more time on the
+way from op to op than in them. CPU kernels; elsewhere they are compositions.
+"""
+
+import torch
+from torch import Tensor
+
+from ._register import call, check, check_floating, check_index, register, stat_dtype
+from .tokens import TokenIndex
+
+__all__ = ["keep_top_tokens", "rank_tokens", "running_scores"]
+
+
+# ---------------------------------------------------------------- public functions
+
+
+def rank_tokens(score: Tensor, count: int | None = None, *, num_prefix: int = 0) -> tuple[Tensor, TokenIndex]:
+    """Prefix tokens in place, then the others by descending score. Ties as they stand, NaN last.
+
+    Args:
+        score: ``[B, N]``; what it says of prefix tokens is not read.
+        count: how many of every image the index names, prefix included; default all.
+        num_prefix: leading tokens that come first whatever their score.
+
+    Returns:
+        ``(order, index)``: positions by rank, int64 ``[B, N]``; and the flat rows of the first ``count``, by rank (so,
+        other than usual, not ascending). Without gradients.
+
+    Raises:
+        ValueError, TypeError: wrong shape, dtype or device, or a count out of range.
+    """
+    op = "rank_tokens"
+    _check_score(op, score, num_prefix)
+    tokens = score.shape[1]
+    count = tokens if count is None else count
+    if not 0 <= count <= tokens:
+        check(False, op, "count", "be in [0, {}]", count, tokens)
+    arguments = score.detach(), num_prefix, count
+    order, *index = _reference_rank(*arguments) if score.is_cuda else call(op, score.device, *arguments)
+    return order, TokenIndex(*index, count)
+
+
+def keep_top_tokens(
+    x: Tensor, score: Tensor, keep: int, *, num_prefix: int = 0, fuse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The prefix tokens and the ``keep`` others of the highest score, by rank.
+
+    Args:
+        x: ``[B, N, C]``.
+        score: ``[B, N]``.
+        keep: tokens to keep besides the prefix.
+        num_prefix: leading tokens that are always kept.
+        fuse: append the sum of the dropped tokens, each times its score.
+
+    Returns:
+        ``(y [B, num_prefix + keep (+ 1), C], order)``; order int64 ``[B, num_prefix + keep]``: the row of x of each row
+        of y (but the fused one). Differentiable in x and score.
+
+    Raises:
+        ValueError, TypeError: wrong shape, dtype or device, or keep out of range.
+    """
+    op = "keep_top_tokens"
+    check_floating(op, x=x)
+    if x.dim() != 3:
+        check(False, op, "x", "have shape [B, N, C]", tuple(x.shape))
+    _check_score(op, score, num_prefix)
+    if score.shape != x.shape[:2]:
+        check(False, op, "score", "have shape {}", tuple(score.shape), list(x.shape[:2]))
+    if score.device != x.device:
+        check(False, op, "score", "be on {}", score.device, x.device)
+    if not 0 <= keep <= x.shape[1] - num_prefix:
+        check(False, op, "keep", "be in [0, {}]", keep, x.shape[1] - num_prefix)
+    arguments = x, score.to(stat_dtype(x.dtype)), num_prefix, keep, fuse
+    return _reference_keep(*arguments) if x.is_cuda else call(op, x.device, *arguments)
+
+
+def running_scores(score: Tensor, latest: Tensor, weight: float, index: TokenIndex | Tensor | None = None) -> Tensor:
+    """Scores that follow the latest ones: ``score + weight * (latest - score)``.
+
+    Args:
+        score: ``[R]``, float32 or float64.
+        latest: ``[T]``, of the same dtype; without an index T = R.
+        weight: of the latest scores.
+        index: TokenIndex, or flat int32/int64 rows ``[T]`` of ``score`` which ``latest`` speaks of, without duplicates, -1 for
+            none; other scores stay.
+
+    Returns:
+        ``[R]``; differentiable in both scores.
+
+    Raises:
+        ValueError, TypeError: wrong shape, dtype or device. RuntimeError: wrong contents of the index.
+    """
+    op = "running_scores"
+    check_floating(op, score=score, latest=latest)
+    if score.dim() != 1:
+        check(False, op, "score", "have shape [R]", tuple(score.shape))
+    rows = index
+    if index is not None:
+        rows = check_index(op, "index", index.indices if isinstance(index, TokenIndex) else index, score.device)
+    expected = score.shape if rows is None else rows.shape
+    if latest.shape != expected:
+        check(False, op, "latest", "have shape {}", tuple(latest.shape), list(expected))
+    learned = torch.is_grad_enabled() and (score.requires_grad or latest.requires_grad)
+    arguments = score, latest, rows, weight
+    return _reference_running(*arguments) if learned or score.is_cuda else call(op, score.device, *arguments)
+
+
+# ---------------------------------------------------------------- checks, fake, autograd, flops
+
+
+def _check_score(op, score, num_prefix):
+    check_floating(op, score=score)
+    if score.dim() != 2:
+        check(False, op, "score", "have shape [B, N]", tuple(score.shape))
+    if not 0 <= num_prefix <= score.shape[1]:
+        check(False, op, "num_prefix", "be in [0, {}]", num_prefix, score.shape[1])
+
+
+def _fake_rank(score, num_prefix, count):
+    batch, tokens = score.shape
+    ints = {"dtype": torch.int32}
+    return (
+        score.new_empty(batch, tokens, dtype=torch.int64),
+        score.new_empty(batch * count, **ints),
+        score.new_empty(batch + 1, **ints),
+    )
+
+
+def _fake_keep(x, score, num_prefix, keep, fuse):
+    batch, count = x.shape[0], num_prefix + keep
+    return x.new_empty(batch, count + int(fuse), x.shape[2]), x.new_empty(batch, count, dtype=torch.int64)
+
+
+def _fake_running(score, latest, rows, weight):
+    return torch.empty_like(score, memory_format=torch.contiguous_format)
+
+
+def _setup_keep(ctx, inputs, output):
+    x, score, _, _, ctx.fuse = inputs
+    ctx.save_for_backward(x, score, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward_keep(ctx, grad, _):
+    x, score, order = ctx.saved_tensors
+    (batch, tokens, _), count = x.shape, order.shape[1]
+    starts = torch.arange(batch, device=x.device)[:, None] * tokens
+    rows = (order + starts).flatten().to(torch.int32)
+    kept = grad[:, :count].flatten(0, 1)
+    grad_x = torch.ops.tokenprune.gather_tokens_backward(kept, rows, batch * tokens).view(x.shape)
+    if not ctx.fuse:
+        return grad_x, None, None, None, None
+    fused = grad[:, count:].to(score.dtype)
+    weights = score.scatter(1, order, 0)
+    grad_score = (x.to(score.dtype) @ fused.mT)[..., 0].scatter(1, order, 0)
+    return (grad_x + weights[..., None] * fused).to(x.dtype), grad_score, None, None, None
+
+
+def _flops_keep(x, score, num_prefix, keep, fuse, *, out_val=None, **kwargs):
+    return 2 * int(fuse) * (x.shape[1] - num_prefix - keep) * x.shape[0] * x.shape[2]
+
+
+# ---------------------------------------------------------------- reference
+
+
+def _reference_rank(score, num_prefix, count):
+    batch, tokens = score.shape
+    key = -score
+    key[:, :num_prefix] = float("-inf")
+    order = key.argsort(dim=1, stable=True)
+    starts = torch.arange(batch + 1, device=score.device)
+    rows = (order[:, :count] + starts[:-1, None] * tokens).flatten()
+    return order, rows.to(torch.int32), (starts * count).to(torch.int32)
+
+
+def _reference_keep(x, score, num_prefix, keep, fuse):
+    order = _reference_rank(score.detach(), num_prefix, 0)[0][:, : num_prefix + keep]
+    y = x.gather(1, order[..., None].expand(-1, -1, x.shape[-1]))
+    if fuse:  # in float32: PyTorch's product of such a thin matrix is slow in bfloat16
+        fused = score.scatter(1, order, 0)[:, None] @ x.to(score.dtype)
+        y = torch.cat([y, fused.to(x.dtype)], 1)
+    return y, order
+
+
+def _reference_running(score, latest, rows, weight):
+    if rows is None:
+        return torch.lerp(score, latest, weight)
+    slots = torch.where(rows < 0, score.shape[0], rows).long()  # one spare entry takes what goes nowhere
+    wide = torch.cat([score, score.new_zeros(1)])
+    return wide.scatter(0, slots, torch.lerp(wide[slots], latest, weight))[:-1]
+
+
+register("rank_tokens", fake=_fake_rank, reference=_reference_rank)
+register(
+    "keep_top_tokens",
+    fake=_fake_keep,
+    reference=_reference_keep,
+    setup_context=_setup_keep,
+    backward=_backward_keep,
+    flops=_flops_keep,
+)
+register("running_scores", fake=_fake_running, reference=_reference_running)
