@@ -257,3 +257,32 @@ def test_flops_of_matching_do_not_depend_on_how_keys_come(device):
             ops.bipartite_soft_matching(metric, 4)
         counts.append(counter.get_total_flops())
     assert counts == [2 * 2 * 11 * 10 * 16] * 2
+
+
+def test_errors_of_match_and_merge(device):
+    x, call = torch.randn(2, 9, 4, device=device), ops.match_and_merge
+    for error, message, arguments in [
+        (ValueError, "metric must be of", (x, x[:, :8], 2)),
+        (ValueError, r"metric must have shape \[B, T, C\] or", (x, x[0], 2)),
+        (TypeError, "metric must be a float32", (x, x.int(), 2)),
+        (ValueError, "r must be >= 0, got -1", (x, x, -1)),
+    ]:
+        expect(error, "match_and_merge", message, call, *arguments)
+    expect(TypeError, "match_and_merge", "x must be a float32", call, x.int(), x, 2)
+    expect(ValueError, "match_and_merge", "num_prefix must not be given", call, x, x, 2, class_token=True, num_prefix=1)
+    expect(ValueError, "merge_tokens", r"size must have shape", call, x, x, 2, size=x[:, :3, 0])
+
+
+@needs_library
+def test_direct_calls_of_match_and_merge_are_checked():
+    x = torch.randn(2, 9, 4)
+    for message, arguments in [
+        (r"match_and_merge: metric must have shape \[2, 9, ...\]", (x, x[:, :8], 2, None, False, False, 0)),
+        (r"match_and_merge: x must have shape \[B, T, C\]", (x[0], x, 2, None, False, False, 0)),
+        (r"r must be in \[0, 4\], got 5", (x, x, 5, None, True, False, 0)),
+        ("num_prefix must be >= 0", (x, x, 2, None, False, False, -1)),
+        ("size must be float32", (x, x, 2, x[..., 0].double(), False, False, 0)),
+        ("metric must be float32, float64", (x, x.int(), 2, None, False, False, 0)),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            raw.match_and_merge(*arguments)
