@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the adapters share: the loop over the blocks, and checks that name the component they refuse."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -51,8 +51,7 @@ def walk(
     model: nn.Module,
     x: Tensor,
     state: TokenState,
-    parts: Callable[[int], BlockParts],
-    depth: int,
+    blocks: Iterable[BlockParts],
     *,
     saving: bool = False,
     record: list | None = None,
@@ -63,17 +62,20 @@ def walk(
     Args:
         model: patched.
         x, state: from :func:`start`.
-        parts: the parts of a block by number.
-        depth: number of blocks.
+        blocks: the parts of every block. A list where they are cheap: made one after another, they cost half as much as
+            between the layers, whose weights push the interpreter out of the cache.
         saving: gradient checkpointing.
         record: see :func:`tokenprune_ext.nn.run_block`.
         each: called with ``(layer, x, state)`` after every block.
     """
     reducer = model.token_reducer
     x, state = reducer.begin(x, state)
-    for layer in range(depth):
-        step = partial(run_block, parts(layer), layer=layer, reducer=reducer, record=record)
-        x, state = checkpoint(step, x, state, use_reentrant=False) if saving else step(x, state)
+    for layer, block in enumerate(blocks):
+        if saving:
+            step = partial(run_block, block, layer=layer, reducer=reducer, record=record)
+            x, state = checkpoint(step, x, state, use_reentrant=False)
+        else:
+            x, state = run_block(block, x, state, layer, reducer, record)
         if each is not None:
             each(layer, x, state)
     return x, state

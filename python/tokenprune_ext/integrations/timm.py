@@ -57,10 +57,8 @@ def walk(
     model: nn.Module, x: Tensor, state: TokenState, *, record: list | None = None, each=None
 ) -> tuple[Tensor, TokenState]:
     """Tokens through all blocks with the model's reducer."""
-    blocks, saving = model.blocks, _walk.saves(model, model.grad_checkpointing)
-    return _walk.walk(
-        model, x, state, lambda layer: parts(blocks[layer]), len(blocks), saving=saving, record=record, each=each
-    )
+    blocks, saving = [parts(block) for block in model.blocks], _walk.saves(model, model.grad_checkpointing)
+    return _walk.walk(model, x, state, blocks, saving=saving, record=record, each=each)
 
 
 def methods(model: nn.Module) -> dict:

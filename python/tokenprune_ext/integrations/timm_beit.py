@@ -43,16 +43,8 @@ def forward(
     grid = tuple(model.patch_embed.grid_size)
     state = _walk.start(x, grid, model.num_prefix_tokens, index=biased, trace=trace, carry=carry)
     first = state if biased else None
-    x, state = _walk.walk(
-        model,
-        x,
-        state,
-        lambda layer: parts(blocks[layer], first, shared),
-        len(blocks),
-        saving=saving,
-        record=record,
-        each=each,
-    )
+    made = (parts(block, first, shared) for block in blocks)  # one by one: a layer's bias for pairs is large
+    x, state = _walk.walk(model, x, state, made, saving=saving, record=record, each=each)
     return model.norm(x), state
 
 

@@ -44,16 +44,8 @@ def forward(
         places = [(rope[layer], _rotary(block, rope[layer], state, False)) for layer, block in enumerate(blocks)]
     else:
         places = [(rope, _rotary(blocks[0], rope, state, not saving))] * len(blocks)
-    x, state = _walk.walk(
-        model,
-        x,
-        state,
-        lambda layer: parts(blocks[layer], *places[layer]),
-        len(blocks),
-        saving=saving,
-        record=record,
-        each=each,
-    )
+    made = [parts(block, *place) for block, place in zip(blocks, places, strict=True)]
+    x, state = _walk.walk(model, x, state, made, saving=saving, record=record, each=each)
     return model.norm(x), state
 
 

@@ -51,16 +51,8 @@ def forward(
     grid = tuple(model.patch_embed.grid_size)
     first = _walk.start(x, grid, model.num_prefix_tokens, index=True, trace=trace, carry=carry)
     blocks, saving = model.blocks, _walk.saves(model, model.grad_checkpointing)
-    x, state = _walk.walk(
-        model,
-        x,
-        first,
-        lambda layer: parts(blocks[layer], first, shared),
-        len(blocks),
-        saving=saving,
-        record=record,
-        each=each,
-    )
+    made = (parts(block, first, shared) for block in blocks)  # one by one: a layer's bias for pairs is large
+    x, state = _walk.walk(model, x, first, made, saving=saving, record=record, each=each)
     return model.norm(x), state
 
 

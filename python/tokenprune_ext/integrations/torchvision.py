@@ -85,8 +85,7 @@ def forward(
     x = encoder.dropout(x + encoder.pos_embedding)
     side = model.image_size // model.patch_size
     state = _walk.start(x, (side, side), 1, trace=trace, carry=carry)
-    blocks = list(encoder.layers)
-    x, state = _walk.walk(model, x, state, lambda layer: parts(blocks[layer]), len(blocks), record=record, each=each)
+    x, state = _walk.walk(model, x, state, [parts(block) for block in encoder.layers], record=record, each=each)
     return encoder.ln(x), state
 
 

@@ -111,16 +111,8 @@ def forward(
     if before is not None:
         before(x)
     places = tower.places(model, images, first, options, not saving)
-    x, state = _walk.walk(
-        model,
-        x,
-        first,
-        lambda layer: layer_parts(layers[layer], places, saving),
-        len(layers),
-        saving=saving,
-        record=record,
-        each=each,
-    )
+    made = (layer_parts(layer, places, saving) for layer in layers)  # one by one: a layer's bias for pairs is large
+    x, state = _walk.walk(model, x, first, made, saving=saving, record=record, each=each)
     return tower.norm(model, x), state
 
 
