@@ -138,6 +138,15 @@ def scaling(results: list[dict]) -> list[dict]:
     return rows
 
 
+def _machine_gain(out: dict, dtype: str) -> str:
+    """What the second thread is worth to the machine's own large products and copies, or nothing where it is not known."""
+    one, two = (out.get("ceilings", {}).get("by_threads", {}).get(n) for n in ("1", "2"))
+    if not one or not two or dtype not in one["gemm_gflops"]:
+        return ""
+    product = two["gemm_gflops"][dtype] / one["gemm_gflops"][dtype]
+    return f" (a large matrix product gains {product:.2f}x here, a copy {two['copy_gbs'] / one['copy_gbs']:.2f}x)"
+
+
 def _lost(result: dict) -> str:
     """Where the time of a reduced model goes that its FLOPs do not explain."""
     scaled = result["dense_ms"] / result["expected_speedup"]
@@ -180,6 +189,7 @@ def verdicts(out: dict) -> list[str]:
             )
     lines += [
         f"MISSED {row['case']} {row['dtype']}: two threads {row['gain']:.2f}x one, target {row['target']:.2f}x"
+        + _machine_gain(out, row["dtype"])
         for row in scaling(out["results"])
         if not row["reached"]
     ]
