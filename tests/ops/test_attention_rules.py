@@ -68,6 +68,16 @@ def test_scores_of_a_sequence_sum_to_one(kind, device):
         torch.testing.assert_close(cls, result)
 
 
+def test_heads_without_channels_attend_evenly(device):
+    q, cu = torch.randn(3, 2, 0, device=device, requires_grad=True), ints([0, 3], device)
+    out, lse, cls = ops.sparse_attention(q, q, q, cu_seqlens_q=cu, max_seqlen_q=3, want_cls=True)
+    assert out.shape == (3, 2, 0) and torch.autograd.grad(out.sum(), q)[0].shape == q.shape
+    torch.testing.assert_close(lse, torch.full_like(lse, 3).log())
+    torch.testing.assert_close(cls, torch.full_like(cls, 1 / 3))
+    padded = q.detach()[None]
+    assert ops.policy_attention(padded, padded, padded, torch.ones(1, 3, device=device)).shape == (1, 3, 2, 0)
+
+
 def test_large_logits_do_not_overflow(device):
     q = packed(6, 1, 4, device=device) * 1e3
     out, lse = attention(q, q, q, ints([0, 6], device), max_q=6)

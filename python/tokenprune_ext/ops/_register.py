@@ -141,6 +141,11 @@ def stat_dtype(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def default_scale(dim):
+    """Factor of attention logits for heads of width ``dim``; logits of empty heads are zeros whatever it is."""
+    return (dim or 1) ** -0.5
+
+
 def autocast_cast(*tensors):
     """Cast to the autocast dtype of the tensors' device when autocast is on (as matmul and SDPA do)."""
     device_type = tensors[0].device.type

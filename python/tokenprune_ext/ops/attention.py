@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._library import has_kernels
-from ._register import autocast_cast, call, check, check_floating, check_index, register, stat_dtype
+from ._register import autocast_cast, call, check, check_floating, check_index, default_scale, register, stat_dtype
 from .tokens import TokenIndex
 
 __all__ = ["attention_scores", "policy_attention", "sparse_attention", "sparse_attention_qkvpacked"]
@@ -163,7 +163,7 @@ def policy_attention(
     check(policy.shape == q.shape[:2], op, "policy", "have shape {}", tuple(policy.shape), list(q.shape[:2]))
     check(policy.device == q.device, op, "policy", "be on {}", policy.device, q.device)
     check(eps >= 0, op, "eps", "be >= 0", eps)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = default_scale(q.shape[-1]) if scale is None else scale
     return call(op, q.device, q, k, v, policy.to(stat_dtype(q.dtype)), eps, scale)[0]
 
 
@@ -202,7 +202,7 @@ def _ragged_arguments(op, q, k, v, cu_q, cu_k, max_q, max_k, key_bias, scale, in
         check(tuple(key_bias.shape) == (count,), op, "key_bias", "have shape [{}]", tuple(key_bias.shape), count)
         check(key_bias.device == q.device, op, "key_bias", "be on {}", key_bias.device, q.device)
         key_bias = key_bias.to(stat_dtype(q.dtype))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = default_scale(q.shape[-1]) if scale is None else scale
     return cu_q, cu_k, max_q, max_k, key_bias, rows, rows_k, float(scale)
 
 

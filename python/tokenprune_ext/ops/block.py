@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import attention, packed
-from ._register import call, check, check_floating, check_index, register, stat_dtype
+from ._register import call, check, check_floating, check_index, default_scale, register, stat_dtype
 from .tokens import TokenIndex, gather_tokens
 
 __all__ = ["packed_attention", "packed_mlp"]
@@ -70,7 +70,7 @@ def packed_attention(
         index = check_index(op, "index", index.indices if isinstance(index, TokenIndex) else index, x.device)
     if key_bias is not None:
         key_bias = key_bias.to(stat_dtype(x.dtype))
-    scale = head_dim**-0.5 if scale is None else scale
+    scale = default_scale(head_dim) if scale is None else scale
     tail = num_heads, head_dim, index, cu_seqlens, max_seqlen, key_bias, scale, want_cls
     return call(op, x.device, x, *norm, *qkv, *proj, layer_scale, *tail)
 

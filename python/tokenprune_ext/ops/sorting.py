@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._register import autocast_cast, call, check, check_floating, check_index, register, stat_dtype
+from ._register import autocast_cast, call, check, check_floating, check_index, default_scale, register, stat_dtype
 from .attention import sparse_attention
 from .merge import Matching, merge_tokens
 from .tokens import select_tokens
@@ -164,7 +164,7 @@ def balanced_attention(
         check(key_bias.shape == k.shape[:2], op, "key_bias", "have shape {}", tuple(key_bias.shape), list(k.shape[:2]))
         check(key_bias.device == q.device, op, "key_bias", "be on {}", key_bias.device, q.device)
         key_bias = key_bias.to(stat_dtype(q.dtype))
-    scale = float(q.shape[2] ** -0.5 if scale is None else scale)
+    scale = float(default_scale(q.shape[2]) if scale is None else scale)
     arguments = (q, k, v, q_order, k_order, q_lengths, k_lengths, key_bias, q_size, k_size, per_row, scale)
     return _composite(*arguments)[0] if q.device.type == "cuda" else call(op, q.device, *arguments)[0]
 
