@@ -134,8 +134,9 @@ def test_pruning_needs_a_score():
     ("options", "message"),
     [
         ({"layer": 0}, "layer 0 must be a plain one"),
-        ({"layer": -1}, "layer must be >= 0"),
-        ({"layer": 1.5}, "layer must be >= 0 and whole, got 1.5"),
+        ({"layer": -1}, r"layer must be whole and in \[0, 4\], got -1"),
+        ({"layer": 5}, r"in \[0, 4\], got 5"),
+        ({"layer": 1.5}, "layer must be whole and in .*, got 1.5"),
         ({"ratio": 1.5}, r"ratio must lie in \[0, 1\]"),
         ({"ratio": [1.0, 1.0, 1.0, 1.5]}, r"ratio must be 4 numbers in \[0, 1\]"),
         ({"ratio": [1.0, 0.5]}, "ratio must be 4 numbers"),

@@ -26,7 +26,7 @@ class EvoViT(Reducer):
         depth: layers of the model.
         ratio: share of the patches in the slow path, truncated to a count, of the layers from ``layer`` on; or one
             share per layer of the model, where 1 means a plain layer.
-        layer: first pruned layer, when ``ratio`` is one number; at least 1, as the first layer makes the scores.
+        layer: first pruned layer, when ``ratio`` is one number (default 4); at least 1, as the first layer makes the scores.
         tradeoff: weight of a layer's own class attention in the running one, one number or one per layer.
         summary: add the score-weighted mean of the placeholders to the slow path; the placeholders get its residual
             updates (section 3.3). Off in the tables of arXiv 2210.01035.
@@ -43,7 +43,7 @@ class EvoViT(Reducer):
         *,
         depth: int,
         ratio: float | list[float] = 0.5,
-        layer: int = 4,
+        layer: int | None = None,
         tradeoff: float | list[float] = 0.5,
         summary: bool = False,
         num_prefix: int = 1,
@@ -52,11 +52,12 @@ class EvoViT(Reducer):
     ):
         super().__init__()
         if isinstance(ratio, (int, float)):
-            if not isinstance(layer, int) or isinstance(layer, bool) or layer < 0:
-                raise ValueError(f"EvoViT: layer must be >= 0 and whole, got {layer!r}")
+            layer = min(4, depth) if layer is None else layer
+            if type(layer) is not int or not 0 <= layer <= depth:
+                raise ValueError(f"EvoViT: layer must be whole and in [0, {depth}], got {layer!r}")
             if not 0 <= ratio <= 1:
                 raise ValueError(f"EvoViT: ratio must lie in [0, 1], got {ratio}")
-            ratio = [1.0] * min(layer, depth) + [ratio] * max(depth - layer, 0)
+            ratio = [1.0] * layer + [ratio] * (depth - layer)
         tradeoff = [tradeoff] * depth if isinstance(tradeoff, (int, float)) else list(tradeoff)
         for name, values in (("ratio", ratio), ("tradeoff", tradeoff)):
             if len(values) != depth or not all(0 <= value <= 1 for value in values):
