@@ -410,6 +410,25 @@ def test_saving_a_packed_model_leaves_the_copy_behind(tmp_path):
 
 @needs_library
 @torch.no_grad()
+def test_copies_of_a_large_model_lie_together():
+    """In one memory of large pages, each from a cache line on; a copy made later has its own."""
+    model = nn.Sequential(nn.Linear(1501, 1000), nn.Linear(1000, 999), nn.Linear(999, 1501)).requires_grad_(False)
+    x = torch.randn(5, 1501)
+    plain = copy.deepcopy(model)
+    tokenprune_ext.pack(model)
+    copies = [layer._copy[2] for layer in model]
+    assert len({packed.untyped_storage().data_ptr() for packed in copies}) == 1
+    assert all(packed.data_ptr() % 64 == 0 for packed in copies)
+    for later in (False, True):
+        torch.testing.assert_close(model(x), plain(x))
+        torch.testing.assert_close(copy.deepcopy(model)(x), plain(x))
+        assert (model[1]._copy[2].untyped_storage().data_ptr() != copies[0].untyped_storage().data_ptr()) == later
+        model[1].weight.mul_(2)
+        plain[1].weight.mul_(2)
+
+
+@needs_library
+@torch.no_grad()
 def test_halves_of_a_block_run_in_one_call_unless_their_ops_are_counted():
     model, x = tokenprune_ext.pack(small_vit()), torch.randn(2, 3, 32, 32)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packed weights: an inference optimisation on the CPU, for dense and reduced models alike."""
 
+import mmap
+from contextlib import suppress
+
 import torch
 from torch import Tensor, nn
 
@@ -130,7 +133,22 @@ def pack(model: nn.Module) -> nn.Module:
             layer.__class__ = PackedPatches
         if isinstance(layer, _Packed):
             layer.prepare()
+    _move_together([layer for layer in model.modules() if isinstance(layer, _Packed) and layer._copy is not None])
     return model
+
+
+def _move_together(layers: list[_Packed]) -> None:
+    """Packed weights into one memory of large pages: they pass through every forward, and small pages are looked up slowly."""
+    sizes = [-(-layer._copy[2].numel() // 64) * 64 for layer in layers]  # each from a cache line on
+    if sum(sizes) < 8 << 20 or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
+    memory = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without large pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    places = torch.frombuffer(memory, dtype=torch.uint8).split(sizes)
+    for layer, place in zip(layers, places, strict=True):
+        weight, facts, packed = layer._copy
+        layer._copy = weight, facts, place[: packed.numel()].copy_(packed)
 
 
 def unpack(model: nn.Module) -> nn.Module:
