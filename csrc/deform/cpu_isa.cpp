@@ -22,7 +22,7 @@ bool backward_values(Dtype dtype, const DeformParams& p, const PointStreams& s, 
 }  // namespace TOKENPRUNE_ISA
 
 extern const DeformKernels TP_TABLE(deform_kernels) = {
-    run_scratch, forward, backward_points_scratch, backward_points, backward_values_scratch, backward_values,
+    forward_scratch, forward, backward_points_scratch, backward_points, backward_values_scratch, backward_values,
 };
 
 }  // namespace tokenprune

@@ -233,3 +233,19 @@ SPECS = [
 
 class TestBattery(Conformance):
     specs = SPECS
+
+
+def test_corners_outside_of_a_level_read_nothing():
+    """Points over the edges of one level, whose neighbours in memory are NaN."""
+    rng = torch.Generator().manual_seed(0)
+    shapes, queries, heads, dim = [(2, 3), (3, 4), (2, 2)], 40, 2, 40
+    value = torch.full((1, 22, heads, dim), torch.nan)
+    value[:, 6:18] = normal(rng, 1, 12, heads, dim)
+    locations = 1.6 * torch.rand(1, queries, heads, 1, 3, 2, generator=rng) - 0.3
+    weights = torch.rand(1, queries, heads, 1, 3, generator=rng)
+    alone = ops.ms_deform_attn(value[:, 6:18], shapes[1:2], None, locations, weights)
+    outside = torch.full_like(locations, -9.0)
+    locations = torch.cat([outside, locations, outside], 3)
+    weights = torch.cat([torch.full_like(weights, torch.inf), weights, torch.full_like(weights, torch.nan)], 3)
+    assert torch.equal(ops.ms_deform_attn(value, shapes, None, locations, weights), alone)
+    assert alone.isfinite().all() and (alone != 0).any()
