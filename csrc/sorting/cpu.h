@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: Apache-2.0
+// sample_tokens on the CPU, for families that build on it.
+#pragma once
+
+#include "../common/check.h"
+
+namespace tokenprune {
+
+// (rows, source, cu_seqlens)
+std::tuple<Tensor, Tensor, Tensor> sample_tokens(const Tensor& attention, const Tensor& v, const Tensor& initial,
+                                                 const Tensor& cu_seqlens, int64_t max_seqlen,
+                                                 const std::optional<Tensor>& key_bias, int64_t num_prefix, bool padded,
+                                                 bool drop);
+
+}  // namespace tokenprune
