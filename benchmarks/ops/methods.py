@@ -134,6 +134,9 @@ class _Bare:
     def check_own_attention(self):
         """Nothing stands in the way here."""
 
+    def add_sampled(self, *arguments):
+        """Not in one call."""
+
     def start(self, x, state):
         return *self._qkv, x
 

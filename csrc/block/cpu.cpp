@@ -4,9 +4,11 @@
 #include "../attention/cpu.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "../common/check.h"
 #include "../packed/cpu.h"
+#include "../sorting/cpu.h"
 #include "../tokens/cpu.h"
 
 namespace tokenprune {
@@ -49,32 +51,88 @@ Tensor mean_over_heads(const Tensor& x) {  // [H, T] -> [T]
   return mean;
 }
 
+// What the rows of x are: padded [B, N, C], packed [T, C], or through an index.
+struct Tokens {
+  bool padded;
+  int64_t heads, dim, width, rows, most;
+  Tensor starts;
+
+  Tokens(const char* op, const Tensor& x, int64_t num_heads, int64_t head_dim, const Optional& cu_seqlens,
+         int64_t max_seqlen, const Optional& indices = {})
+      : padded(!cu_seqlens.has_value()), heads(num_heads), dim(head_dim) {
+    TP_CHECK(!padded || !indices.has_value(), op, "cu_seqlens must be given with indices, got none");
+    check_dim(op, "x", x, padded ? 3 : 2, padded ? "[B, N, C] without cu_seqlens" : "[T, C] with cu_seqlens");
+    TP_CHECK(heads >= 0 && heads <= kMost, op, "num_heads must be in 0..", kMost, ", got ", heads);
+    TP_CHECK(dim >= 0 && dim <= kMost, op, "head_dim must be in 0..", kMost, ", got ", dim);
+    width = heads * dim, most = padded ? x.size(1) : max_seqlen;
+    rows = padded ? x.size(0) * most : indices.has_value() ? indices->numel() : x.size(0);
+    TP_CHECK(!padded || rows <= INT32_MAX, op, "x must have fewer than 2^31 tokens, got ", shape_text(x));
+    starts = padded ? equal_starts(x, x.size(0), most) : as_contiguous(*cu_seqlens);
+  }
+
+  // Queries, keys or values.
+  Tensor part(const Tensor& qkv, int64_t place) const {
+    return view(qkv, {rows, heads, dim}, {3 * width, dim, 1}, place * width);
+  }
+};
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> packed_attention(
     const Tensor& x, const Optional& norm_weight, const Optional& norm_bias, double norm_eps, const Tensor& packed_qkv,
     const Optional& bias_qkv, const Tensor& packed_proj, const Optional& bias_proj, const Optional& layer_scale,
     int64_t heads, int64_t dim, const Optional& indices, const Optional& cu_seqlens, int64_t max_seqlen,
     const Optional& key_bias, double scale, bool want_cls) {
-  const char* op = "packed_attention";
-  const bool padded = !cu_seqlens.has_value();
-  TP_CHECK(!padded || !indices.has_value(), op, "cu_seqlens must be given with indices, got none");
-  check_dim(op, "x", x, padded ? 3 : 2, padded ? "[B, N, C] without cu_seqlens" : "[T, C] with cu_seqlens");
-  TP_CHECK(heads >= 0 && heads <= kMost, op, "num_heads must be in 0..", kMost, ", got ", heads);
-  TP_CHECK(dim >= 0 && dim <= kMost, op, "head_dim must be in 0..", kMost, ", got ", dim);
-  const int64_t batch = padded ? x.size(0) : 0, tokens = padded ? x.size(1) : max_seqlen;
-  const int64_t rows = padded ? batch * tokens : indices.has_value() ? indices->numel() : x.size(0);
-  const int64_t width = heads * dim, channels = x.size(x.dim() - 1);
-  TP_CHECK(!padded || rows <= INT32_MAX, op, "x must have fewer than 2^31 tokens, got ", shape_text(x));
+  const Tokens tokens("packed_attention", x, heads, dim, cu_seqlens, max_seqlen, indices);
+  const int64_t width = tokens.width, most = tokens.most, rows = tokens.rows, channels = x.size(x.dim() - 1);
   const Tensor qkv =
       packed_linear(x, packed_qkv, 3 * width, bias_qkv, true, norm_weight, norm_bias, norm_eps, 0, {}, {}, indices);
-  const auto part = [&](int64_t place) { return view(qkv, {rows, heads, dim}, {3 * width, dim, 1}, place * width); };
-  const Tensor starts = padded ? equal_starts(x, batch, tokens) : *cu_seqlens;
   auto [mixed, lse, cls] =
-      sparse_attention(part(0), part(1), part(2), starts, starts, tokens, tokens, key_bias, {}, {}, scale, want_cls);
-  const Tensor inner = padded ? view(mixed, {batch, tokens, width}, {tokens * width, width, 1}, 0)
-                              : view(mixed, {rows, width}, {width, 1}, 0);
+      sparse_attention(tokens.part(qkv, 0), tokens.part(qkv, 1), tokens.part(qkv, 2), tokens.starts, tokens.starts,
+                       most, most, key_bias, {}, {}, scale, want_cls);
+  const Tensor inner = tokens.padded ? view(mixed, {x.size(0), most, width}, {most * width, width, 1}, 0)
+                                     : view(mixed, {rows, width}, {width, 1}, 0);
   const Tensor residual = indices.has_value() ? gather_tokens(x, *indices) : x;
   Tensor y = packed_linear(inner, packed_proj, channels, bias_proj, false, {}, {}, 0, 0, layer_scale, residual, {});
   return {y, qkv, lse, mean_over_heads(cls)};
+}
+
+// Rows of y without a source become zero.
+void clear_padding(const Tensor& source, Tensor& y) {
+  const int64_t bytes = y.size(1) * y.element_size();
+  for (int64_t i = 0; i < source.numel(); ++i) {
+    if (data<int32_t>(source)[i] < 0) std::memset(static_cast<char*>(y.mutable_data_ptr()) + i * bytes, 0, bytes);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> packed_attention_sampled(
+    const Tensor& input, const Optional& norm_weight, const Optional& norm_bias, double norm_eps,
+    const Tensor& packed_qkv, const Optional& bias_qkv, const Tensor& packed_proj, const Optional& bias_proj,
+    const Optional& layer_scale, int64_t heads, int64_t dim, const Optional& cu_seqlens, int64_t max_seqlen,
+    const Optional& key_bias, double scale, const Tensor& initial, int64_t num_prefix, bool drop) {
+  const char* op = "packed_attention_sampled";
+  TP_CHECK(num_prefix >= 1, op, "num_prefix must be >= 1 (the class token), got ", num_prefix);
+  const Tensor x = as_contiguous(input);
+  const Tokens tokens(op, x, heads, dim, cu_seqlens, max_seqlen);
+  check_dim(op, "cu_seqlens", tokens.starts, 1, "[B + 1]");
+  check_dtype(op, "cu_seqlens", tokens.starts, ScalarType::Int);
+  const int64_t batch = tokens.starts.numel() - 1, most = tokens.most, channels = x.size(x.dim() - 1);
+  TP_CHECK(batch >= 0, op, "cu_seqlens must have at least one entry, got ", shape_text(tokens.starts));
+  const Tensor qkv =
+      packed_linear(x, packed_qkv, 3 * tokens.width, bias_qkv, true, norm_weight, norm_bias, norm_eps, 0, {}, {}, {});
+  const Tensor q = tokens.part(qkv, 0), k = tokens.part(qkv, 1), v = tokens.part(qkv, 2);
+  const Tensor first = view(tokens.starts, {batch}, {1}, 0), one = equal_starts(x, batch, 1);
+  const Tensor cls =
+      std::get<2>(sparse_attention(q, k, v, one, tokens.starts, 1, most, key_bias, first, {}, scale, true));
+  auto [rows, source, starts] =
+      sample_tokens(cls, v, initial, tokens.starts, most, key_bias, num_prefix, tokens.padded, drop);
+  const int64_t columns = rows.size(1), kept = source.numel();
+  const Tensor mixed =
+      std::get<0>(sparse_attention(q, k, v, starts, tokens.starts, columns, most, key_bias, source, {}, scale, false));
+  const Tensor residual = gather_tokens(view(x, {tokens.rows, channels}, {channels, 1}, 0), source);
+  Tensor y = packed_linear(view(mixed, {kept, tokens.width}, {tokens.width, 1}, 0), packed_proj, channels, bias_proj,
+                           false, {}, {}, 0, 0, layer_scale, residual, {});
+  clear_padding(source, y);
+  if (tokens.padded) y = view(y, {batch, columns, channels}, {columns * channels, channels, 1}, 0);
+  return {y, rows, source, starts};
 }
 
 Tensor packed_mlp(const Tensor& x, const Optional& norm_weight, const Optional& norm_bias, double norm_eps,
@@ -88,6 +146,7 @@ Tensor packed_mlp(const Tensor& x, const Optional& norm_weight, const Optional& 
 
 STABLE_TORCH_LIBRARY_IMPL(tokenprune, CPU, m) {
   m.impl("packed_attention", TORCH_BOX(&packed_attention));
+  m.impl("packed_attention_sampled", TORCH_BOX(&packed_attention_sampled));
   m.impl("packed_mlp", TORCH_BOX(&packed_mlp));
 }
 

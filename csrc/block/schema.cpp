@@ -13,6 +13,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tokenprune, m) {
       "Tensor? bias_qkv, Tensor packed_proj, Tensor? bias_proj, Tensor? layer_scale, SymInt num_heads, "
       "SymInt head_dim, Tensor? indices, Tensor? cu_seqlens, SymInt max_seqlen, Tensor? key_bias, float scale, "
       "bool want_cls) -> (Tensor, Tensor, Tensor, Tensor)");
+  // (y, rows, source, cu_seqlens): the same with the queries and rows that sample_tokens keeps of x [B, N, C], or [T,
+  // C] with cu_seqlens and max_seqlen: y [B, M, C] (zeros behind the kept rows) or [S, C]. The first token of every
+  // sequence scores the others; initial, num_prefix and drop, rows, source and the new cu_seqlens are those of
+  // sample_tokens.
+  m.def(
+      "packed_attention_sampled(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, Tensor packed_qkv, "
+      "Tensor? bias_qkv, Tensor packed_proj, Tensor? bias_proj, Tensor? layer_scale, SymInt num_heads, "
+      "SymInt head_dim, Tensor? cu_seqlens, SymInt max_seqlen, Tensor? key_bias, float scale, Tensor initial, "
+      "SymInt num_prefix, bool drop) -> (Tensor y, Tensor rows, Tensor source, Tensor cu_seqlens)");
   // x + layer_scale * (act(LN(x) W1^T + b1) W2^T + b2). x [..., C]; packed_* of pack_linear: [hidden, C] and [C,
   // hidden]; act 0 none, 1 gelu (erf), 2 gelu (tanh), 3 quick gelu.
   m.def(

@@ -155,4 +155,58 @@ struct SampleCall {
   }
 };
 
+struct SequenceCall {
+  std::vector<Tensor> held;
+  SequenceParams p;
+
+  SequenceCall(const char* op, const Tensor& attention, const Tensor& v, const Tensor& initial,
+               const Tensor& cu_seqlens, int64_t max_seqlen, const std::optional<Tensor>& key_bias,
+               int64_t num_prefix) {
+    held.reserve(5);
+    check_dim(op, "v", v, 3, "[T, H, D]");
+    check_floating(op, "v", v);
+    p.total = v.size(0), p.heads = v.size(1), p.dim = v.size(2), p.prefix = num_prefix, p.max_seqlen = max_seqlen;
+    const Tensor& values = held.emplace_back(inner_contiguous(v));
+    p.values = values.const_data_ptr(), p.row_stride = values.stride(0), p.head_stride = values.stride(1);
+    check_dim(op, "attention", attention, 2, "[H, T]");
+    check_size(op, "attention", attention, 0, p.heads);
+    p.attention = set_stat(op, "attention", attention, 1, v);
+    if (key_bias.has_value()) {
+      check_dim(op, "key_bias", *key_bias, 1, "[T]");
+      p.key_bias = set_stat(op, "key_bias", *key_bias, 0, v);
+    }
+    check_dim(op, "cu_seqlens", cu_seqlens, 1, "[B + 1]");
+    check_dtype(op, "cu_seqlens", cu_seqlens, ScalarType::Int);
+    check_device(op, "cu_seqlens", cu_seqlens, v);
+    TP_CHECK(cu_seqlens.numel() >= 1, op, "cu_seqlens must have at least one entry, got ", shape_text(cu_seqlens));
+    const Tensor& starts = held.emplace_back(as_contiguous(cu_seqlens));
+    check_cu_seqlens(op, "cu_seqlens", starts, p.total, max_seqlen, "max_seqlen");
+    p.cu_seqlens = data<int32_t>(starts), p.batch = starts.numel() - 1;
+    TP_CHECK(num_prefix >= 0, op, "num_prefix must be >= 0, got ", num_prefix);
+    for (int64_t b = 0; b < p.batch; ++b) {
+      const int32_t length = p.cu_seqlens[b + 1] - p.cu_seqlens[b];
+      TP_CHECK(length >= num_prefix, op, "num_prefix must be at most every sequence length, got ", num_prefix,
+               " for a length of ", length, " at ", b);
+    }
+    TP_CHECK(p.batch == 0 || max_seqlen < (int64_t{1} << 31) / p.batch, op,
+             "max_seqlen must give fewer than 2^31 rows in ", p.batch, " sequences, got ", max_seqlen);
+    check_dim(op, "initial", initial, 2, "[B, N]");
+    check_size(op, "initial", initial, 0, p.batch);
+    check_dtype(op, "initial", initial, ScalarType::Bool);
+    check_device(op, "initial", initial, v);
+    p.points = initial.size(1) - num_prefix;
+    TP_CHECK(p.points >= 0, op, "initial must have the prefix (", num_prefix, ") in every row, got ",
+             shape_text(initial));
+    p.initial = data<bool>(held.emplace_back(as_contiguous(initial)));
+  }
+
+ private:
+  const void* set_stat(const char* op, const char* name, const Tensor& t, int64_t dim, const Tensor& like) {
+    check_size(op, name, t, dim, p.total);
+    check_dtype(op, name, t, stat_dtype(like.scalar_type()));
+    check_device(op, name, t, like);
+    return held.emplace_back(as_contiguous(t)).const_data_ptr();
+  }
+};
+
 }  // namespace tokenprune

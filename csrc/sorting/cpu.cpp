@@ -73,9 +73,64 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_rows(const Tensor& sco
   return {cdf, grid, pick, kept, rows};
 }
 
+template <typename C>
+void sample_sequences(const SequenceParams& p, Dtype dtype, int32_t* rows, int64_t* counts) {
+  const SortingKernels& table = kernels(dtype);
+  std::vector<C> significance(p.total);
+  parallel_ranges(p.total, p.heads * p.dim / 4,
+                  [&](int64_t begin, int64_t end) { table.significance(dtype, p, begin, end, significance.data()); });
+  const auto sort = [&](const C* x, int64_t n, int32_t* order) {
+    table.argsort(sizeof(C) == 8 ? kFloat64 : kFloat32, x, n, order, thread_scratch(table.argsort_scratch(n)));
+  };
+  parallel_items(p.batch, (p.max_seqlen + p.points) * 60, [&](int64_t b) {
+    counts[b] = sample_sequence<C>(p, b, significance.data(), sort, rows + b * p.max_seqlen);
+  });
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> sample_tokens(const Tensor& attention, const Tensor& v, const Tensor& initial,
+                                                 const Tensor& cu_seqlens, int64_t max_seqlen, const Optional& key_bias,
+                                                 int64_t num_prefix, bool padded, bool drop) {
+  const char* op = "sample_tokens";
+  SequenceCall call(op, attention, v, initial, cu_seqlens, max_seqlen, key_bias, num_prefix);
+  const SequenceParams& p = call.p;
+  Tensor rows = allocate(v, {p.batch, max_seqlen}, ScalarType::Int),
+         starts = allocate(v, {p.batch + 1}, ScalarType::Int);
+  std::vector<int64_t> counts(p.batch);
+  const Dtype dtype = kernel_dtype(op, v.scalar_type());
+  (dtype == kFloat64 ? sample_sequences<double> : sample_sequences<float>)(p, dtype, mutable_data<int32_t>(rows),
+                                                                           counts.data());
+  int64_t columns = max_seqlen;
+  if (padded && drop && p.batch > 0) {
+    columns = *std::max_element(counts.begin(), counts.end());
+    const Tensor all = rows;
+    rows = allocate(v, {p.batch, columns}, ScalarType::Int);
+    for (int64_t b = 0; b < p.batch; ++b) {
+      std::copy_n(data<int32_t>(all) + b * max_seqlen, columns, mutable_data<int32_t>(rows) + b * columns);
+    }
+  }
+  int32_t *to = mutable_data<int32_t>(starts), total = 0;
+  for (int64_t b = 0; b <= p.batch; ++b) {
+    to[b] = total;
+    if (b < p.batch) total += static_cast<int32_t>(padded ? columns : counts[b]);
+  }
+  Tensor source = allocate(v, {total}, ScalarType::Int);
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int32_t* from = data<int32_t>(rows) + b * columns;
+    for (int32_t i = 0; i < to[b + 1] - to[b]; ++i) {
+      mutable_data<int32_t>(source)[to[b] + i] = from[i] < 0 ? -1 : p.cu_seqlens[b] + from[i];
+    }
+  }
+  return {rows, source, starts};
+}
+
+namespace {
+
 STABLE_TORCH_LIBRARY_IMPL(tokenprune, CPU, m) {
   m.impl("argsort_rows", TORCH_BOX(&argsort_rows));
   m.impl("sample_rows", TORCH_BOX(&sample_rows));
+  m.impl("sample_tokens", TORCH_BOX(&sample_tokens));
   m.impl("balanced_attention", TORCH_BOX(&balanced_attention));
 }
 

@@ -15,6 +15,8 @@ struct SortingKernels {
   // One row: its queries in all rounds. Rows are independent.
   int64_t (*attention_scratch)(const BalancedParams&);
   bool (*attention)(Dtype, const BalancedParams&, int64_t row, char* scratch);
+  // Attention received, times the norm of the values, of the tokens [begin, end); stat dtype.
+  bool (*significance)(Dtype, const SequenceParams&, int64_t begin, int64_t end, void* scores);
 };
 
 TP_DECLARE_TABLES(SortingKernels, sorting_kernels)

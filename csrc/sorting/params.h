@@ -45,4 +45,14 @@ struct SampleParams {
   int32_t* rows = nullptr;               // [batch, n]
 };
 
+struct SequenceParams {             // sequences of tokens that are sampled; [T] rows of values in all
+  const void* attention = nullptr;  // [heads, total] stat dtype
+  const void* values = nullptr;     // [total, heads, dim], unit inner stride
+  int64_t row_stride = 0, head_stride = 0, heads = 0, dim = 0, total = 0;
+  const void* key_bias = nullptr;       // [total] stat dtype or null
+  const bool* initial = nullptr;        // [batch, points + prefix]
+  const int32_t* cu_seqlens = nullptr;  // [batch + 1]
+  int64_t batch = 0, points = 0, prefix = 0, max_seqlen = 0;
+};
+
 }  // namespace tokenprune

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "params.h"
@@ -97,5 +98,38 @@ struct SampleRow {
     std::copy_n(cdf.begin(), p.n, static_cast<C*>(p.cdf) + row * p.n);
   }
 };
+
+// The kept rows of sequence b: its prefix, then the sampled tokens by ascending significance, -1 behind them up to
+// max_seqlen. `sort(x, n, order)` is the stable argsort. Returns how many are kept.
+template <typename C, typename Sort>
+int64_t sample_sequence(const SequenceParams& p, int64_t b, const C* significance, const Sort& sort, int32_t* rows) {
+  const int64_t first = p.cu_seqlens[b] + p.prefix, n = p.cu_seqlens[b + 1] - first, columns = p.points + p.prefix;
+  const bool* initial = p.initial + b * columns;
+  const int32_t count = static_cast<int32_t>(std::count(initial, initial + columns, true) - p.prefix);
+  std::vector<C> scores(significance + first, significance + first + n), cdf(n), grid(p.points);
+  std::vector<int32_t> order(n);
+  std::vector<int64_t> places(n), pick(p.points);
+  const auto valid = std::make_unique<bool[]>(n), kept = std::make_unique<bool[]>(n);
+  const C* bias = static_cast<const C*>(p.key_bias);
+  for (int64_t i = 0; i < n; ++i) {
+    valid[i] = bias == nullptr || bias[first + i] > -std::numeric_limits<C>::infinity();
+    if (!valid[i]) scores[i] = 0;
+  }
+  double total = 0;
+  for (int64_t i = 0; i < n; ++i) total += scores[i];
+  for (int64_t i = 0; i < n; ++i) scores[i] /= static_cast<C>(total);
+  std::vector<C> keys(scores);
+  for (int64_t i = 0; i < n; ++i) keys[i] = valid[i] ? scores[i] : C(-1);  // hidden ones come first
+  sort(keys.data(), n, order.data());
+  std::copy(order.begin(), order.end(), places.begin());
+  for (int64_t i = 0; i < p.prefix; ++i) rows[i] = static_cast<int32_t>(i);
+  SampleParams sample{scores.data(), places.data(), valid.get(), &count,         1, n, p.points, false, cdf.data(),
+                      grid.data(),   pick.data(),   kept.get(),  rows + p.prefix};
+  SampleRow<C>(sample, 0).run(0);
+  const int64_t found = std::count(kept.get(), kept.get() + n, true);
+  for (int64_t i = p.prefix; i < p.prefix + found; ++i) rows[i] += static_cast<int32_t>(p.prefix);
+  std::fill(rows + p.prefix + n, rows + p.max_seqlen, -1);
+  return p.prefix + found;
+}
 
 }  // namespace tokenprune

@@ -13,6 +13,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tokenprune, m) {
       "sample_rows(Tensor scores, Tensor order, SymInt grid_points, Tensor? grid_counts, Tensor? valid, bool "
       "published) "
       "-> (Tensor cdf, Tensor grid, Tensor pick, Tensor kept, Tensor rows)");
+  // Inverse transform sampling of the tokens of every sequence (cu_seqlens int32 [B + 1]). attention [H, T] is that of
+  // each sequence's first token (stat dtype), v [T, H, D]: their product, norms for values, is the score. The first
+  // num_prefix tokens are always kept, others where sampled; -inf in key_bias [T] hides one. initial bool [B, N]: the
+  // tokens that the sequences had once (the prefix included), which make the grid. rows int32 [B, M]: kept rows within
+  // each sequence, the prefix first, then by ascending score, then -1; M is max_seqlen, or with padded and drop the
+  // largest number kept. source int32 [S]: the same as rows of v, those of each sequence from cu_seqlens [B + 1] on;
+  // with padded every sequence has M, -1 behind the kept ones.
+  m.def(
+      "sample_tokens(Tensor attention, Tensor v, Tensor initial, Tensor cu_seqlens, SymInt max_seqlen, "
+      "Tensor? key_bias, SymInt num_prefix, bool padded, bool drop) -> "
+      "(Tensor rows, Tensor source, Tensor cu_seqlens)");
   // q [R, Nq, D] attends to k, v [R, Nk, D] within its cluster of every round; q_order, k_order int32 [rounds, R, N]
   // list every token of a row once. All rounds are one softmax: a key met twice counts twice. per_row: the first
   // q_lengths[R] (k_lengths[R]) entries of each order are cut by themselves, into the fewest clusters that keep to both

@@ -6,14 +6,20 @@ import torch
 import torch.nn.functional as F
 from tokenprune_ext import ops
 
-from tests.conformance import Conformance, OpSpec, Sample, needs_library
+from tests.conformance import Conformance, OpSpec, Sample, assert_same, needs_library
 from tests.ops.common import expect
+from tests.ops.test_sorting import make_sequences, oracle_tokens
+from tests.spec import DTYPES
 
 SCHEMAS = [
     "packed_attention(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, Tensor packed_qkv, "
     "Tensor? bias_qkv, Tensor packed_proj, Tensor? bias_proj, Tensor? layer_scale, SymInt num_heads, SymInt head_dim, "
     "Tensor? indices, Tensor? cu_seqlens, SymInt max_seqlen, Tensor? key_bias, float scale, bool want_cls) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
+    "packed_attention_sampled(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, Tensor packed_qkv, "
+    "Tensor? bias_qkv, Tensor packed_proj, Tensor? bias_proj, Tensor? layer_scale, SymInt num_heads, SymInt head_dim, "
+    "Tensor? cu_seqlens, SymInt max_seqlen, Tensor? key_bias, float scale, Tensor initial, SymInt num_prefix, bool drop) "
+    "-> (Tensor y, Tensor rows, Tensor source, Tensor cu_seqlens)",
     "packed_mlp(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, Tensor packed_1, Tensor? bias_1, "
     "SymInt hidden, int act, Tensor packed_2, Tensor? bias_2, Tensor? layer_scale) -> Tensor",
 ]
@@ -122,6 +128,54 @@ def oracle_attention(
     return out if want_cls else out[:3]
 
 
+def make_sampled(rng, lengths, heads, dim, channels, *, points=None, prefix=1, hidden=False, drop=True, **options):
+    made = make_attention(rng, lengths, heads, dim, channels, **options)
+    sequences = make_sequences(rng, lengths, points=points, prefix=prefix, hidden=hidden).inputs
+    if hidden:
+        sequences["key_bias"][sequences["cu_seqlens"][:-1].long()] = 0  # a class token sees itself
+    made.inputs["qkv"][: heads * dim] *= 4  # attention that differs enough to drop some
+    tensors = {name: sequences[name] for name in ("initial", "key_bias") if name in sequences}
+    return Sample(
+        made.inputs | tensors,
+        {"heads": heads, "dim": dim, "most": max(lengths, default=prefix), "prefix": prefix, "drop": drop},
+    )
+
+
+def run_sampled(
+    x, qkv, proj, initial, cu_seqlens=None, key_bias=None, layer_scale=None, *, heads, dim, most, prefix, drop, **parts
+):
+    return ops.packed_attention_sampled(
+        x,
+        (ops.pack_linear(qkv), parts.get("bias_qkv")),
+        (ops.pack_linear(proj), parts.get("bias_proj")),
+        initial,
+        norm=(parts.get("norm_weight"), parts.get("norm_bias"), 1e-6),
+        num_heads=heads,
+        head_dim=dim,
+        layer_scale=layer_scale,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=most,
+        num_prefix=prefix,
+        key_bias=key_bias,
+        drop=drop,
+    )
+
+
+def oracle_sampled(x, qkv, proj, initial, cu_seqlens=None, key_bias=None, *, heads, dim, most, prefix, drop, **parts):
+    """What is kept of the whole half block."""
+    padded = cu_seqlens is None
+    if padded:
+        cu_seqlens, most = torch.arange(x.shape[0] + 1) * x.shape[1], x.shape[1]
+    x, sizes = x.flatten(0, -2), {"heads": heads, "dim": dim}
+    whole = {"cu_seqlens": cu_seqlens, "key_bias": key_bias, **parts}
+    y, wide, _, cls = oracle_attention(x, qkv, proj, **whole, **sizes, want_cls=True, most=most)
+    v = wide.view(-1, 3, heads, dim)[:, 2]
+    options = {"max_seqlen": most, "num_prefix": prefix, "padded": padded, "drop": drop}
+    rows, source, starts = oracle_tokens(cls, v, initial, cu_seqlens, key_bias, **options)
+    kept = torch.cat([y, y.new_zeros(1, y.shape[1])])[source.long()]
+    return kept.view(*rows.shape, -1) if padded else kept, rows, source, starts
+
+
 def make_mlp(rng, lead, channels, hidden, *, act="gelu", full=False):
     normal = _normal(rng)
     tensors = {
@@ -184,6 +238,31 @@ SPECS = [
         },
     ),
     OpSpec(
+        "packed_attention_sampled",
+        run_sampled,
+        oracle_sampled,
+        make_sampled,
+        cases={
+            "image": {"lengths": [60], "heads": 3, "dim": 16, "channels": 48, "padded": True, "full": True},
+            "padded": {"lengths": [33] * 3, "heads": 3, "dim": 16, "channels": 48, "padded": True, "points": 50},
+            "fixed": {"lengths": [33] * 3, "heads": 2, "dim": 9, "channels": 20, "padded": True, "drop": False},
+            "hidden": {"lengths": [40] * 2, "heads": 2, "dim": 16, "channels": 48, "padded": True, "hidden": True},
+            "ragged": {"lengths": [5, 70, 2, 1], "heads": 2, "dim": 32, "channels": 40, "full": True, "points": 90},
+            "prefix": {"lengths": [20, 41], "heads": 2, "dim": 16, "channels": 40, "hidden": True, "prefix": 2},
+            "no_images": {"lengths": [], "heads": 2, "dim": 8, "channels": 16},
+        },
+        sized=lambda tokens: {"lengths": [tokens, tokens], "heads": 2, "dim": 16, "channels": 32, "padded": True},
+        fuzz={
+            "lengths": [[3], [40, 1], [1, 9, 64], [17] * 5],
+            "heads": (1, 4),
+            "dim": (1, 48),
+            "channels": (1, 70),
+            "full": [False, True],
+            "hidden": [False, True],
+        },
+        dtypes=(torch.float32, torch.float64),  # in others rounding moves the scores: see below
+    ),
+    OpSpec(
         "packed_mlp",
         run_mlp,
         oracle_mlp,
@@ -230,6 +309,11 @@ def test_errors_name_op_argument_rule_and_value():
     expect(ValueError, name, "x must have shape .* with", call, x[None], qkv, proj, cu_seqlens=cu, **sizes)
     expect(TypeError, name, "x must be a float32", call, x.int(), qkv, proj, **sizes)
     expect(TypeError, name, "cu_seqlens must be int32", call, x, qkv, proj, cu_seqlens=cu.float(), **sizes)
+    sampled, some = ops.packed_attention_sampled, torch.ones(1, 3) > 0
+    name = "packed_attention_sampled"
+    expect(ValueError, name, "x must have shape .* with", sampled, x[None], qkv, proj, some, cu_seqlens=cu, **sizes)
+    expect(ValueError, name, "num_prefix must be >= 1", sampled, x[None], qkv, proj, some, num_prefix=0, **sizes)
+    expect(TypeError, name, "x must be a float32", sampled, x.int(), qkv, proj, some, **sizes)
     mlp = ops.packed_mlp
     expect(ValueError, "packed_mlp", "act must be one of", mlp, x, qkv, proj, hidden=24, act="relu", **NORM)
     expect(TypeError, "packed_mlp", "x must be a float32", mlp, x.int(), qkv, proj, hidden=24, **NORM)
@@ -272,6 +356,88 @@ def test_direct_calls_are_checked():
         torch.ops.tokenprune.packed_mlp(x, None, None, 1e-6, qkv, None, 24, 1, qkv, None, None)
     with pytest.raises(RuntimeError, match="act must be in"):
         torch.ops.tokenprune.packed_mlp(x, None, None, 1e-6, qkv, None, 24, 7, qkv, None, None)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ["image", "fixed", "hidden", "ragged"])
+def test_sampled_attention_is_its_parts_one_by_one(case, dtype):
+    sampled = next(spec for spec in SPECS if spec.name == "packed_attention_sampled")
+    made = sampled.sample(**sampled.cases[case])
+    inputs, o = sampled.cast(made, dtype), made.options
+    x, cu, most, bias, heads, dim = (
+        inputs["x"],
+        inputs.get("cu_seqlens"),
+        o["most"],
+        inputs.get("key_bias"),
+        o["heads"],
+        o["dim"],
+    )
+    padded = cu is None
+    cu = torch.arange(x.shape[0] + 1, dtype=torch.int32) * most if padded else cu
+    rows, norm = x.flatten(0, -2), (inputs.get("norm_weight"), inputs.get("norm_bias"), 1e-6)
+    weights = [ops.pack_linear(inputs[name]) for name in ("qkv", "proj")]
+    wide = ops.packed_linear(rows, weights[0], 3 * heads * dim, inputs.get("bias_qkv"), norm=norm)
+    q, k, v = wide.view(-1, 3, heads, dim).unbind(1)
+    keys = {"cu_seqlens_k": cu, "max_seqlen_k": most, "key_bias": bias}
+    one = torch.arange(len(cu), dtype=torch.int32)
+    *_, cls = ops.sparse_attention(q[cu[:-1].long()], k, v, cu_seqlens_q=one, max_seqlen_q=1, want_cls=True, **keys)
+    options = {"max_seqlen": most, "num_prefix": o["prefix"], "key_bias": bias, "padded": padded, "drop": o["drop"]}
+    kept, source, starts = ops.sample_tokens(cls, v, inputs["initial"], cu_seqlens=cu, **options)
+    chosen = ops.gather_tokens(q.flatten(1), source).view(-1, heads, dim)
+    mixed, _ = ops.sparse_attention(chosen, k, v, cu_seqlens_q=starts, max_seqlen_q=kept.shape[1], **keys)
+    y = ops.packed_linear(
+        mixed.flatten(1),
+        weights[1],
+        x.shape[-1],
+        inputs.get("bias_proj"),
+        scale=inputs.get("layer_scale"),
+        residual=ops.gather_tokens(rows, source),
+    )
+    y[source < 0] = 0
+    expected = y.view(*kept.shape, -1) if padded else y, kept, source, starts
+    assert 0 < int((kept >= 0).sum()) < len(rows)
+    assert_same(run_sampled(**inputs, **o), expected)
+
+
+@needs_library
+def test_flops_of_sampled_attention_are_those_of_what_is_kept():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for case in ("image", "ragged"):
+        sampled = next(spec for spec in SPECS if spec.name == "packed_attention_sampled")
+        made = sampled.sample(**sampled.cases[case])
+        inputs, heads, dim = sampled.cast(made, torch.float32), made.options["heads"], made.options["dim"]
+        with FlopCounterMode(display=False) as counter:
+            y, rows, *_ = run_sampled(**inputs, **made.options)
+        lengths = sampled.cases[case]["lengths"]
+        pairs = sum(n * (int(kept) + 1) for n, kept in zip(lengths, (rows >= 0).sum(1)))
+        linear = 2 * heads * dim * (3 * inputs["x"].numel() + y.numel())
+        assert counter.get_total_flops() == linear + 4 * heads * dim * pairs
+
+
+@needs_library
+def test_direct_calls_of_sampled_attention_are_checked():
+    (qkv, _), (proj, _) = _weights()
+    x, cu, initial = torch.randn(1, 3, 8), torch.tensor([0, 3], dtype=torch.int32), torch.ones(1, 3) > 0
+
+    def call(x=x, heads=2, cu=None, most=0, bias=None, initial=initial, prefix=1):
+        parts = None, None, 1e-6, qkv, None, proj, None, None, heads, 4
+        return torch.ops.tokenprune.packed_attention_sampled(x, *parts, cu, most, bias, 0.5, initial, prefix, True)
+
+    assert torch.equal(call()[0][0], call(x[0], cu=cu, most=3)[0])
+    for wrong, message in [
+        ({"prefix": 0}, "num_prefix must be >= 1"),
+        ({"heads": -1}, "num_heads must be in"),
+        ({"x": x[0]}, r"x must have shape \[B, N, C\]"),
+        ({"x": x[0], "cu": cu[:0], "most": 3}, "cu_seqlens must have at least one entry"),
+        ({"x": x[0], "cu": cu.long(), "most": 3}, "cu_seqlens must be int32"),
+        ({"x": x[0], "cu": cu[None], "most": 3}, "cu_seqlens must have shape"),
+        ({"initial": initial.float()}, "initial must be bool"),
+        ({"prefix": 4, "initial": torch.ones(1, 9) > 0}, "num_prefix must be at most every sequence length"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            call(**wrong)
 
 
 @needs_library

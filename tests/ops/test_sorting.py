@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from tokenprune_ext import ops
-from tokenprune_ext.ops.sorting import _composite, _reference_sample
+from tokenprune_ext.ops.sorting import _composite, _reference_sample, _reference_tokens
 
 from tests.conformance import Conformance, OpSpec, Sample, needs_library
 from tests.ops.common import expect, ints
@@ -16,6 +16,8 @@ SCHEMAS = [
     "argsort_rows(Tensor x) -> Tensor",
     "sample_rows(Tensor scores, Tensor order, SymInt grid_points, Tensor? grid_counts, Tensor? valid, bool published) "
     "-> (Tensor cdf, Tensor grid, Tensor pick, Tensor kept, Tensor rows)",
+    "sample_tokens(Tensor attention, Tensor v, Tensor initial, Tensor cu_seqlens, SymInt max_seqlen, Tensor? key_bias, "
+    "SymInt num_prefix, bool padded, bool drop) -> (Tensor rows, Tensor source, Tensor cu_seqlens)",
     "balanced_attention(Tensor q, Tensor k, Tensor v, Tensor q_order, Tensor k_order, Tensor? q_lengths, "
     "Tensor? k_lengths, Tensor? key_bias, SymInt q_size, SymInt k_size, bool per_row, float scale) -> "
     "(Tensor out, Tensor lse)",
@@ -183,6 +185,82 @@ def test_sample_values_are_those_of_the_reference_to_the_bit(case, dtype, device
         torch.testing.assert_close(ours, theirs, atol=0, rtol=0, equal_nan=True)
 
 
+# ---------------------------------------------------------------- sampling of sequences
+
+
+def make_sequences(rng, lengths, heads=2, dim=5, points=None, prefix=1, hidden=False, fixed=False, **layout):
+    """``fixed``: cut nothing; some tokens of each sequence were no token of it at the start."""
+    total, most = sum(lengths), max(lengths, default=3)
+    points = most - prefix if points is None else points
+    initial = torch.rand(len(lengths), prefix + points, generator=rng) < 0.9
+    initial[:, :prefix] = True
+    inputs = {
+        "attention": torch.rand(heads, total, generator=rng, dtype=torch.float64) ** 3,
+        "v": torch.randn(total, heads, dim, generator=rng, dtype=torch.float64),
+        "initial": initial,
+        "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+    }
+    if hidden:
+        bias = torch.randn(total, generator=rng, dtype=torch.float64)
+        inputs["key_bias"] = bias.masked_fill(torch.rand(total, generator=rng) < 0.3, -math.inf)
+    return Sample(inputs, {"max_seqlen": most, "num_prefix": prefix, "padded": False, "drop": not fixed, **layout})
+
+
+def oracle_tokens(attention, v, initial, cu_seqlens, key_bias=None, *, max_seqlen, num_prefix, padded, drop):
+    scores, bounds = attention.sum(0) * v.flatten(1).norm(dim=1), cu_seqlens.tolist()
+    found = []
+    for begin, end, start in zip(bounds, bounds[1:], initial):
+        s = scores[begin + num_prefix : end]
+        ok = [
+            key_bias is None or b > -math.inf for b in (s if key_bias is None else key_bias[begin + num_prefix : end])
+        ]
+        points, count = len(start) - num_prefix, max(int(start.sum()) - num_prefix, 1)
+        rows = oracle_row(s * torch.tensor(ok).to(s), ok, points, count, False)[-1].tolist()
+        found.append([*range(num_prefix), *(row + num_prefix for row in rows if row >= 0)])
+    columns = max(map(len, found)) if padded and drop and found else max_seqlen
+    filled = [row + [-1] * (columns - len(row)) for row in found]
+    source = [b + i if i >= 0 else -1 for b, row in zip(bounds, filled if padded else found) for i in row]
+    starts = torch.tensor([0, *(len(row) for row in (filled if padded else found))]).cumsum(0)
+    return ints(filled).view(len(found), columns), ints(source), starts
+
+
+SEQUENCES = {
+    "image": {"lengths": [197], "heads": 6, "dim": 64},
+    "ragged": {"lengths": [17, 1, 60, 2, 5], "points": 90, "prefix": 1},
+    "hidden": {"lengths": [40, 30], "hidden": True, "prefix": 3, "dim": 33},
+    "few_points": {"lengths": [30, 50], "points": 4},
+    "no_points": {"lengths": [9, 4], "points": 0},
+    "no_prefix": {"lengths": [9, 4, 0], "prefix": 0},
+    "no_heads": {"lengths": [9, 4], "heads": 0},
+    "no_sequences": {"lengths": []},
+}
+
+
+@needs_library
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("drop", [False, True])
+@pytest.mark.parametrize("case", SEQUENCES)
+def test_sampled_tokens_are_those_of_the_reference(case, padded, drop):
+    made = make_sequences(torch.Generator().manual_seed(4), **SEQUENCES[case])
+    attention, v, initial, cu_seqlens, bias = map(
+        made.inputs.get, ("attention", "v", "initial", "cu_seqlens", "key_bias")
+    )
+    tail = made.options["max_seqlen"], bias, made.options["num_prefix"], padded, drop
+    arguments = attention, v, initial, cu_seqlens, *tail
+    for ours, theirs in zip(torch.ops.tokenprune.sample_tokens(*arguments), _reference_tokens(*arguments), strict=True):
+        assert ours.dtype == theirs.dtype == torch.int32 and torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
+def test_sequences_without_a_distribution_keep_all(bad, device):
+    made = make_sequences(torch.Generator().manual_seed(0), [5, 4])
+    inputs = {name: t.to(device) for name, t in made.inputs.items()}
+    inputs["attention"][:, 1:5] = bad
+    rows, source, starts = ops.sample_tokens(**inputs, **made.options)
+    assert sorted(rows[0].tolist()) == [0, 1, 2, 3, 4] and source[:5].tolist() == rows[0].tolist()
+    assert starts.tolist() == [0, 5, len(source)] and len(source) < 9
+
+
 # ---------------------------------------------------------------- attention
 
 
@@ -326,6 +404,26 @@ SPECS = [
         {"batch": (0, 3), "entries": (0, 40), "points": (0, 50), "masked": [False, True]},
         dtypes=(torch.float32, torch.float64),  # rounded scores tie, and as published the sort is not stable
     ),
+    *(
+        OpSpec(
+            f"sample_tokens-{name}",
+            ops.sample_tokens,
+            oracle_tokens,
+            make_sequences,
+            {case: {**dims, **layout} for case, dims in SEQUENCES.items()},
+            lambda n, layout=layout: {"lengths": [n, 7, n], "heads": 3, "hidden": True, **layout},
+            {
+                "lengths": [[3], [40, 1], [17] * 3, []],
+                "heads": (1, 3),
+                "dim": (0, 20),
+                "points": (0, 50),
+                "hidden": [False, True],
+                **{key: [value] for key, value in layout.items()},
+            },
+            stats=frozenset({"attention", "key_bias"}),
+        )
+        for name, layout in (("packed", {}), ("padded", {"padded": True}), ("fixed", {"padded": True, "fixed": True}))
+    ),
     spec("balanced_attention", ROWS, ("q", "k", "v"), sized(), SMALL, FUZZ),
     spec(
         "balanced_attention_ragged",
@@ -408,6 +506,14 @@ def test_wrong_arguments(change, error, message):
 
 
 SCORES = torch.rand(2, 6)
+V = torch.rand(9, 2, 3)
+SEQUENCE = {
+    "attention": V[:, :, 0].T,
+    "v": V,
+    "initial": torch.ones(2, 6) > 0,
+    "cu_seqlens": ints([0, 4, 9]),
+    "max_seqlen": 5,
+}
 WRONG_SAMPLES = [
     ({"scores": SCORES.long()}, TypeError, "scores must be a float32"),
     ({"scores": SCORES[0]}, ValueError, r"scores must have shape \[B, n\]"),
@@ -421,6 +527,66 @@ WRONG_SAMPLES = [
 @pytest.mark.parametrize(("change", "error", "message"), WRONG_SAMPLES)
 def test_wrong_samples(change, error, message):
     expect(error, "sample_rows", message, ops.sample_rows, **{"scores": SCORES, "grid_points": 4, **change})
+
+
+WRONG_SEQUENCES = [
+    ({"v": V.long()}, TypeError, "v must be a float32"),
+    ({"v": V[0]}, ValueError, r"v must have shape \[T, H, D\]"),
+    ({"attention": V[:, :, 0]}, ValueError, r"attention must have shape \[2, 9\]"),
+    ({"initial": torch.ones(2, 6)}, TypeError, "initial must be bool"),
+    ({"initial": torch.ones(3, 6) > 0}, ValueError, "initial must have a row per sequence with at least the prefix"),
+    ({"num_prefix": 7}, ValueError, "initial must have a row per sequence with at least the prefix"),
+    ({"num_prefix": -1}, ValueError, "num_prefix must be >= 0, got -1"),
+    ({"key_bias": V[:5, 0, 0]}, ValueError, r"key_bias must have shape \[9\]"),
+    ({"cu_seqlens": ints([[0, 9]])}, ValueError, "cu_seqlens must have 1 dimension"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), WRONG_SEQUENCES)
+def test_wrong_sequences(change, error, message):
+    expect(error, "sample_tokens", message, ops.sample_tokens, **{**SEQUENCE, **change})
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cu_seqlens": ints([0, 5, 10])}, "cu_seqlens must end within the 9 rows"),
+        ({"cu_seqlens": ints([1, 4, 9])}, "cu_seqlens must start at 0"),
+        ({"max_seqlen": 4}, "max_seqlen must be at least every sequence length, got 4"),
+        (
+            {"cu_seqlens": ints([0, 1, 6]), "num_prefix": 2},
+            "num_prefix must be at most every .* 2 for a length of 1 at 0",
+        ),
+    ],
+)
+def test_sequences_with_wrong_contents(change, message):
+    expect(RuntimeError, "sample_tokens", message, ops.sample_tokens, **{**SEQUENCE, **change})
+
+
+@needs_library
+def test_direct_calls_with_sequences_are_checked():
+    def call(
+        attention=SEQUENCE["attention"], v=V, initial=SEQUENCE["initial"], cu=SEQUENCE["cu_seqlens"], most=5, **rest
+    ):
+        return torch.ops.tokenprune.sample_tokens(
+            attention, v, initial, cu, most, rest.get("bias"), rest.get("prefix", 1), False, True
+        )
+
+    assert call()[0].shape == (2, 5)
+    for wrong, message in [
+        ({"attention": V[:, :, 0]}, "attention must have size 2"),
+        ({"attention": V[:, :, 0].T.double()}, "attention must be float32"),
+        ({"bias": torch.zeros(8)}, "key_bias must have size 9"),
+        ({"cu": ints([])}, "cu_seqlens must have at least one entry"),
+        ({"cu": SEQUENCE["cu_seqlens"].long()}, "cu_seqlens must be int32"),
+        ({"most": 2**30}, r"max_seqlen must give fewer than 2\^31 rows in 2 sequences"),
+        ({"initial": torch.ones(2, 6)}, "initial must be bool"),
+        ({"initial": torch.ones(2, 0) > 0}, r"initial must have the prefix \(1\)"),
+        ({"prefix": -1}, "num_prefix must be >= 0"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            call(**wrong)
 
 
 def test_wrong_values_to_sort():

@@ -3,12 +3,17 @@
 
 import math
 from functools import partial
+from unittest import mock
 
 import pytest
+import tokenprune_ext
 import torch
 from tokenprune_ext import reducers
 from tokenprune_ext.nn import TokenState
+from tokenprune_ext.ops._register import call
 from tokenprune_ext.reducers.ats import ats_sample, ats_scores, ats_smooth_row
+
+from tests.conformance import needs_library
 
 from . import test_protocol as protocol
 from .common import DEPTH, HEADS, WIDTH, compile_over_counts, dense, pack_ragged, split, tiny_blocks, tokens, walk
@@ -246,6 +251,40 @@ def test_hidden_tokens_are_no_candidates():
     torch.testing.assert_close(y, alone, atol=1e-12, rtol=1e-12)
     with pytest.raises(ValueError, match="per_image must be True"):
         walk(blocks, x, make(layers=[0], per_image=False), TokenState(num_prefix=1, key_bias=bias))
+
+
+@needs_library
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("layout", ["padded", "packed", "one", "one_hidden"])
+@pytest.mark.parametrize("drop_tokens", [True, False])
+@torch.no_grad()
+def test_packed_weights_sample_in_one_call(drop_tokens, layout, traced):
+    blocks, reducer = tokenprune_ext.pack(tiny_blocks()), make(layers=[0, 2], drop_tokens=drop_tokens)
+    x = tokens(1 if layout.startswith("one") else 3, 18)
+    state = TokenState(num_prefix=1)
+    if layout == "one_hidden":
+        state = state.replace(key_bias=torch.zeros(1, 18, dtype=x.dtype))
+        state.key_bias[:, 4:9] = -math.inf
+    state = state.with_trace(x) if traced else state
+    x, state = state.as_packed(x) if layout == "packed" else (x, state)
+    with mock.patch("tokenprune_ext.nn.block.call", wraps=call) as calls:
+        y, after = walk(blocks, x, reducer, state)
+    assert [c.args[0] for c in calls.mock_calls] == ["packed_attention_sampled", "packed_attention"] * 2
+    with mock.patch("tokenprune_ext.nn.block.in_one_call", return_value=False):
+        expected, same = walk(blocks, x, reducer, state)
+    torch.testing.assert_close(y, expected, atol=1e-12, rtol=1e-12)
+    for name in ("cu_seqlens", "max_seqlen", "index", "key_bias"):
+        got, wanted = getattr(after, name), getattr(same, name)
+        assert torch.equal(got, wanted) if isinstance(got, torch.Tensor) else got == wanted
+    assert after.carry.keys() == same.carry.keys()
+    assert all(torch.equal(after.carry[name], same.carry[name]) for name in same.carry)
+
+
+def test_one_image_needs_no_padding():
+    blocks, x = tiny_blocks(), tokens(1, 18)
+    for drop_tokens in (True, False):
+        _, state = walk(blocks, x, make(layers=[1], drop_tokens=drop_tokens))
+        assert (state.key_bias is None) == ("ats.policy" not in state.carry) == drop_tokens
 
 
 @pytest.mark.parametrize("packed", [False, True])

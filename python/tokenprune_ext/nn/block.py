@@ -236,13 +236,31 @@ class AttentionBranch:
         y = self.finish(x if rows is None else gather_tokens(x, rows), mixed, z, state)
         return y if want is None else (y, product)
 
-    def _add_at_once(self, x, state, want, rows):
-        """:meth:`add` in one call, or None where a part or the by-product stands in the way."""
+    def add_sampled(self, x: Tensor, state: TokenState, initial: Tensor, drop: bool) -> tuple | None:
+        """``ops.packed_attention_sampled``, or None where a part stands in the way."""
+        parts = self._at_once(x)
+        if parts is None:
+            return None
+        sequences = state.cu_seqlens, state.max_seqlen, _flat_bias(x, state)
+        return call(
+            "packed_attention_sampled",
+            x.device,
+            x,
+            *parts,
+            *sequences,
+            self.logit_scale,
+            initial,
+            state.num_prefix,
+            drop,
+        )
+
+    def _at_once(self, x):
+        """What ops that do it all in one call take behind the tokens, or None where a part stands in the way."""
         extra = self._rotary is not None or self._pair_bias is not None or self._gate is not None
         normed = self._q_norm is not None or self._k_norm is not None or self._out_norm is not None
         if not self.is_packed or extra or normed or len(self._projections) > 1:
             return None
-        if self.drops_weights or want not in _AT_ONCE or not in_one_call():
+        if self.drops_weights or not in_one_call():
             return None
         norm, (plain, gamma) = plain_norm(self.norm), plain_scale(self._layer_scale, self._drop_path)
         if norm is None or not plain or not idle(self._proj_drop):
@@ -250,21 +268,22 @@ class AttentionBranch:
         first, last = fusible(self._projections[0], x, norm[0], norm[1]), fusible(self._proj, x, gamma)
         if first is None or last is None:
             return None
-        bias = state.key_bias
+        return *norm, *first, *last, gamma, self.num_heads, self.head_dim
+
+    def _add_at_once(self, x, state, want, rows):
+        """:meth:`add` in one call, or None where a part or the by-product stands in the way."""
+        parts = self._at_once(x) if want in _AT_ONCE else None
+        if parts is None:
+            return None
         y, qkv, _, cls = call(
             "packed_attention",
             x.device,
             x if rows is None else x.flatten(0, -2),
-            *norm,
-            *first,
-            *last,
-            gamma,
-            self.num_heads,
-            self.head_dim,
+            *parts,
             rows,
             state.cu_seqlens,
             state.max_seqlen,
-            None if bias is None else bias.flatten().to(stat_dtype(x.dtype)),
+            _flat_bias(x, state),
             self.logit_scale,
             want == "cls",
         )
@@ -407,6 +426,11 @@ def run_block(
     """
     run = BlockRun(block, layer, reducer, record)
     return run.original(x, state) if reducer is None else reducer.block(x, state, layer, run)
+
+
+def _flat_bias(x, state):
+    """The key bias of all tokens, as attention takes it."""
+    return None if state.key_bias is None else state.key_bias.flatten().to(stat_dtype(x.dtype))
 
 
 def _gather_norm(norm: Callable, x: Tensor, rows: Tensor) -> Tensor:

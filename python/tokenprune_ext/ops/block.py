@@ -8,11 +8,11 @@ small models at batch 1 feel.
 import torch
 from torch import Tensor
 
-from . import attention, packed
+from . import attention, packed, sorting
 from ._register import call, check, check_floating, check_index, default_scale, register, stat_dtype
 from .tokens import TokenIndex, gather_tokens
 
-__all__ = ["packed_attention", "packed_mlp"]
+__all__ = ["packed_attention", "packed_attention_sampled", "packed_mlp"]
 
 
 # ---------------------------------------------------------------- public functions
@@ -60,11 +60,7 @@ def packed_attention(
     op = "packed_attention"
     check_floating(op, x=x)
     packed.check_on_cpu(op, "x", x)
-    if cu_seqlens is None:
-        check(x.dim() == 3, op, "x", "have shape [B, N, C] without cu_seqlens", tuple(x.shape))
-    else:
-        check(x.dim() == 2, op, "x", "have shape [T, C] with cu_seqlens", tuple(x.shape))
-        cu_seqlens = check_index(op, "cu_seqlens", cu_seqlens, x.device)
+    cu_seqlens = _check_tokens(op, x, cu_seqlens)
     if index is not None:
         check(cu_seqlens is not None, op, "cu_seqlens", "be given with an index", None)
         index = check_index(op, "index", index.indices if isinstance(index, TokenIndex) else index, x.device)
@@ -72,6 +68,51 @@ def packed_attention(
         key_bias = key_bias.to(stat_dtype(x.dtype))
     scale = default_scale(head_dim) if scale is None else scale
     tail = num_heads, head_dim, index, cu_seqlens, max_seqlen, key_bias, scale, want_cls
+    return call(op, x.device, x, *norm, *qkv, *proj, layer_scale, *tail)
+
+
+def packed_attention_sampled(
+    x: Tensor,
+    qkv: tuple[Tensor, Tensor | None],
+    proj: tuple[Tensor, Tensor | None],
+    initial: Tensor,
+    *,
+    norm: tuple[Tensor | None, Tensor | None, float],
+    num_heads: int,
+    head_dim: int,
+    layer_scale: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int = 0,
+    num_prefix: int = 1,
+    key_bias: Tensor | None = None,
+    scale: float | None = None,
+    drop: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`packed_attention` of the tokens that :func:`sample_tokens` keeps: they are the queries, all are keys.
+
+    The attention of each sequence's first token scores the others.
+
+    Args:
+        x, qkv, proj, norm, num_heads, head_dim, layer_scale, cu_seqlens, max_seqlen, key_bias, scale: as in
+            :func:`packed_attention`.
+        initial, num_prefix, drop: as in :func:`sample_tokens`.
+
+    Returns:
+        ``(y, rows, source, cu_seqlens)``: tokens padded as x is, ``[B, M, C]`` with zeros behind the kept ones, or packed
+        ``[S, C]``, and what :func:`sample_tokens` returns.
+
+    Raises:
+        As :func:`packed_attention` and :func:`sample_tokens`.
+    """
+    op = "packed_attention_sampled"
+    check_floating(op, x=x)
+    packed.check_on_cpu(op, "x", x)
+    cu_seqlens = _check_tokens(op, x, cu_seqlens)
+    check(num_prefix >= 1, op, "num_prefix", "be >= 1 (the class token)", num_prefix)
+    if key_bias is not None:
+        key_bias = key_bias.to(stat_dtype(x.dtype))
+    scale = head_dim**-0.5 if scale is None else scale
+    tail = num_heads, head_dim, cu_seqlens, max_seqlen, key_bias, scale, initial, num_prefix, drop
     return call(op, x.device, x, *norm, *qkv, *proj, layer_scale, *tail)
 
 
@@ -106,6 +147,15 @@ def packed_mlp(
     return call(op, x.device, x, *norm, *first, hidden, packed.ACTIVATIONS.index(act), *second, layer_scale)
 
 
+def _check_tokens(op, x, cu_seqlens):
+    """Padded or packed tokens; the starts as int32."""
+    if cu_seqlens is None:
+        check(x.dim() == 3, op, "x", "have shape [B, N, C] without cu_seqlens", tuple(x.shape))
+        return None
+    check(x.dim() == 2, op, "x", "have shape [T, C] with cu_seqlens", tuple(x.shape))
+    return check_index(op, "cu_seqlens", cu_seqlens, x.device)
+
+
 # ---------------------------------------------------------------- fake, flops, reference
 
 
@@ -121,6 +171,32 @@ def _fake_attention(
         x.new_empty(heads, rows, **stats),
         x.new_empty(rows if cls else 0, **stats),
     )
+
+
+def _fake_sampled(
+    x,
+    norm_weight,
+    norm_bias,
+    eps,
+    qkv,
+    b,
+    proj,
+    d,
+    layer_scale,
+    heads,
+    dim,
+    cu,
+    most,
+    bias,
+    scale,
+    initial,
+    prefix,
+    drop,
+):
+    padded = cu is None
+    most = x.shape[1] if padded else most
+    rows, source, starts = sorting._fake_tokens(None, x, initial, cu, most, bias, prefix, padded, drop)
+    return x.new_empty(*(rows.shape if padded else source.shape), x.shape[-1]), rows, source, starts
 
 
 def _fake_mlp(x, *args):
@@ -151,6 +227,35 @@ def _flops_attention(
     return 8 * out_val[0].numel() * heads * dim + 4 * heads * dim * pairs
 
 
+def _flops_sampled(
+    x,
+    norm_weight,
+    norm_bias,
+    eps,
+    qkv,
+    b,
+    proj,
+    d,
+    layer_scale,
+    heads,
+    dim,
+    cu,
+    most,
+    *args,
+    out_val=None,
+    **kwargs,
+):
+    """With the attention of the first tokens, which is computed ahead."""
+    _, _, source, starts = out_val
+    first = torch.arange(starts.shape[0], dtype=torch.int32, device=x.device)
+    keys, most = (first * x.shape[1], x.shape[1]) if cu is None else (cu, most)
+    pairs = sum(
+        attention._pairs(rows, x.flatten(0, -2), own, keys, most, None, None)
+        for rows, own in ((source, starts), (first[1:], first))
+    )
+    return 2 * heads * dim * (3 * x.numel() + source.numel() * x.shape[-1] + 2 * pairs)
+
+
 def _flops_mlp(x, norm_weight, norm_bias, eps, first, bias_1, hidden, *args, out_val=None, **kwargs):
     return 4 * x.numel() * hidden
 
@@ -171,6 +276,43 @@ def _reference_attention(
     return y, wide, lse, row.mean(0)
 
 
+def _reference_sampled(
+    x,
+    norm_weight,
+    norm_bias,
+    eps,
+    qkv,
+    b,
+    proj,
+    d,
+    layer_scale,
+    heads,
+    dim,
+    cu,
+    most,
+    bias,
+    scale,
+    initial,
+    prefix,
+    drop,
+):
+    linear, padded = packed._reference_linear, cu is None
+    if padded:
+        most = x.shape[1]
+        cu = torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device) * most
+    x = x.flatten(0, -2)
+    wide = linear(x, qkv, 3 * heads * dim, b, True, norm_weight, norm_bias, eps, 0, None, None, None)
+    q, k, v = wide.view(x.shape[0], 3, heads, dim).unbind(1)
+    one = torch.arange(cu.shape[0], dtype=torch.int32, device=x.device)
+    *_, row = attention._reference_attention(q, k, v, one, cu, 1, most, bias, cu[:-1], None, scale, True)
+    rows, source, starts = sorting._reference_tokens(row, v, initial, cu, most, bias, prefix, padded, drop)
+    mixed = attention._reference_attention(q, k, v, starts, cu, most, most, bias, source, None, scale, False)[0]
+    residual = gather_tokens(x, source)
+    y = linear(mixed.flatten(1), proj, x.shape[-1], d, False, None, None, 0.0, 0, layer_scale, residual, None)
+    y = torch.where(source[:, None] < 0, 0, y)
+    return y.view(*rows.shape, x.shape[1]) if padded else y, rows, source, starts
+
+
 def _reference_mlp(x, norm_weight, norm_bias, eps, first, bias_1, hidden, act, second, bias_2, layer_scale):
     linear = packed._reference_linear
     h = linear(x, first, hidden, bias_1, True, norm_weight, norm_bias, eps, act, None, None, None)
@@ -178,4 +320,5 @@ def _reference_mlp(x, norm_weight, norm_bias, eps, first, bias_1, hidden, act, s
 
 
 register("packed_attention", fake=_fake_attention, reference=_reference_attention, flops=_flops_attention)
+register("packed_attention_sampled", fake=_fake_sampled, reference=_reference_sampled, flops=_flops_sampled)
 register("packed_mlp", fake=_fake_mlp, reference=_reference_mlp, flops=_flops_mlp)

@@ -17,7 +17,7 @@ from .attention import sparse_attention
 from .merge import Matching, merge_tokens
 from .tokens import select_tokens
 
-__all__ = ["argsort_rows", "balanced_attention", "sample_rows"]
+__all__ = ["argsort_rows", "balanced_attention", "sample_rows", "sample_tokens"]
 
 
 # ---------------------------------------------------------------- public functions
@@ -100,6 +100,80 @@ def sample_rows(
     if scores.device.type == "cuda":
         return order, *_reference_sample(*arguments)
     return order, *call(op, scores.device, *arguments)
+
+
+def sample_tokens(
+    attention: Tensor,
+    v: Tensor,
+    initial: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    num_prefix: int = 1,
+    key_bias: Tensor | None = None,
+    padded: bool = False,
+    drop: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Adaptive token sampling: :func:`sample_rows` of every sequence by attention received times the norm of the values.
+
+    Args:
+        attention: ``[H, T]``, of the first token of each sequence (``want_cls`` of :func:`sparse_attention`), float32
+            (float64 for float64 values).
+        v: ``[T, H, D]``.
+        initial: bool ``[B, N]``, the tokens that each sequence had once, prefix included: without it they are the grid
+            points.
+        cu_seqlens: int32 ``[B + 1]``, starts of the sequences; max_seqlen bounds their lengths.
+        num_prefix: leading tokens of every sequence that are kept in any case.
+        key_bias: ``[T]``, -inf hides a token.
+        padded: lay out the kept tokens padded, not packed.
+        drop: cut padding to the longest sequence (on CUDA this reads its length back).
+
+    Returns:
+        ``rows`` int32 ``[B, M]``, what is kept of each sequence: the prefix, then tokens by ascending score, -1 behind
+        them; M is ``max_seqlen``, or where padding is cut the largest number kept. ``source`` int32 ``[S]``, the same as
+        rows of ``v``, and int32 ``[B + 1]`` where each sequence starts in it; padded, every sequence has M, -1 behind
+        the kept ones. Without gradients.
+
+    Raises:
+        ValueError, TypeError: wrong shape, dtype or device. RuntimeError: wrong contents of ``cu_seqlens``, or a sequence
+            shorter than the prefix (CPU).
+    """
+    op = "sample_tokens"
+    check_floating(op, v=v)
+    check(v.dim() == 3, op, "v", "have shape [T, H, D]", tuple(v.shape))
+    stat = stat_dtype(v.dtype)
+    wanted = (v.shape[1], v.shape[0])
+    check(tuple(attention.shape) == wanted, op, "attention", "have shape {}", tuple(attention.shape), list(wanted))
+    check(attention.device == v.device, op, "attention", "be on {}", attention.device, v.device)
+    cu_seqlens = check_index(op, "cu_seqlens", cu_seqlens, v.device)
+    check(initial.dtype == torch.bool, op, "initial", "be bool", initial.dtype, error=TypeError)
+    check(initial.device == v.device, op, "initial", "be on {}", initial.device, v.device)
+    fits = initial.dim() == 2 and initial.shape[0] == cu_seqlens.shape[0] - 1 and initial.shape[1] >= num_prefix
+    check(fits, op, "initial", "have a row per sequence with at least the prefix", tuple(initial.shape))
+    check(num_prefix >= 0, op, "num_prefix", "be >= 0", num_prefix)
+    if key_bias is not None:
+        check(key_bias.shape == v.shape[:1], op, "key_bias", "have shape {}", tuple(key_bias.shape), list(v.shape[:1]))
+        check(key_bias.device == v.device, op, "key_bias", "be on {}", key_bias.device, v.device)
+        key_bias = key_bias.detach().to(stat)
+    attention, v = attention.detach().to(stat), v.detach()
+    arguments = attention, v, initial, cu_seqlens, max_seqlen, key_bias, num_prefix, padded, drop
+    return _reference_tokens(*arguments) if v.device.type == "cuda" else call(op, v.device, *arguments)
+
+
+def place_samples(
+    sampled: Tensor, cu_seqlens: Tensor, num_prefix: int, padded: bool, drop: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`sample_tokens` returns, from the ``rows [B, n]`` of :func:`sample_rows`."""
+    batch, starts = sampled.shape[0], cu_seqlens[:-1, None]
+    front = torch.arange(num_prefix, dtype=torch.int32, device=sampled.device).expand(batch, -1)
+    rows = torch.cat([front, torch.where(sampled < 0, -1, sampled + num_prefix)], 1)
+    if not padded:
+        slots = select_tokens(rows >= 0)
+        return rows, (rows + starts).flatten()[slots.indices.long()], slots.cu_seqlens
+    if drop and batch != 0:  # of no sequences, none is the longest
+        rows = rows.index_select(1, (rows >= 0).any(0).nonzero()[:, 0])  # everywhere the kept rows come first
+    source = torch.where(rows < 0, -1, rows + starts).flatten()
+    return rows, source, torch.arange(batch + 1, dtype=torch.int32, device=rows.device) * rows.shape[1]
 
 
 def balanced_attention(
@@ -259,6 +333,14 @@ def _fake_sample(scores, order, grid_points, grid_counts, valid, published):
     return cdf, grid, torch.empty_like(grid, dtype=torch.int64), kept, rows
 
 
+def _fake_tokens(attention, v, initial, cu_seqlens, max_seqlen, key_bias, num_prefix, padded, drop):
+    batch, columns = initial.shape[0], max_seqlen
+    if padded and drop and batch != 0:
+        columns = torch.library.get_ctx().new_dynamic_size()
+    total = batch * columns if padded else torch.library.get_ctx().new_dynamic_size()
+    return tuple(v.new_empty(size, dtype=torch.int32) for size in ((batch, columns), (total,), (batch + 1,)))
+
+
 def _fake_balanced(q, k, v, q_order, k_order, q_lengths, k_lengths, key_bias, q_size, k_size, per_row, scale):
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=stat_dtype(q.dtype))
 
@@ -366,6 +448,22 @@ def _reference_sample(scores, order, grid_points, grid_counts, valid, published)
     return cdf, grid, pick, kept, _front(order, kept)
 
 
+def _reference_tokens(attention, v, initial, cu_seqlens, max_seqlen, key_bias, num_prefix, padded, drop):
+    scores = attention.sum(0) * v.to(attention.dtype).flatten(1).norm(dim=-1)
+    column = torch.arange(max_seqlen, dtype=torch.int32, device=v.device)
+    valid = column < cu_seqlens.diff()[:, None]
+    place = torch.where(valid, cu_seqlens[:-1, None] + column, v.shape[0]).long()
+    if key_bias is not None:
+        valid = F.pad(key_bias > -math.inf, (0, 1))[place]
+    sampled = sample_rows(
+        F.pad(scores, (0, 1))[place][:, num_prefix:],
+        initial.shape[1] - num_prefix,
+        grid_counts=initial.sum(1) - num_prefix,
+        valid=valid[:, num_prefix:],
+    )[-1]
+    return place_samples(sampled, cu_seqlens, num_prefix, padded, drop)
+
+
 def _grid(cdf, points, counts):
     """``y_k = y_0 + (l_k (G - 1) - y_0 k) / (G - 1)``, ``l`` from 0 to 1 in G equal steps; ``[B, points]``."""
     if counts is None:
@@ -427,6 +525,7 @@ def _composite(q, k, v, q_order, k_order, q_lengths, k_lengths, key_bias, q_size
 
 register("argsort_rows", fake=lambda x: x.new_empty(x.shape, dtype=torch.int32), reference=_reference_argsort)
 register("sample_rows", fake=_fake_sample, reference=_reference_sample)
+register("sample_tokens", fake=_fake_tokens, reference=_reference_tokens)
 register(
     "balanced_attention",
     fake=_fake_balanced,

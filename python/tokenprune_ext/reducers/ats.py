@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..nn import TokenState
-from ..ops import gather_tokens, policy_attention, sample_rows, select_tokens, sparse_attention
+from ..ops import gather_tokens, policy_attention, sample_rows, sample_tokens, sparse_attention
 from ..ops._register import stat_dtype
+from ..ops.sorting import place_samples
 from ._base import Reducer, register
 from ._trace import restore_by_parent
 
@@ -162,13 +163,13 @@ class ATS(Reducer):
             return super().attention(x, state, layer, branch)
         branch.check_own_attention()
         if self.per_image:
-            return self._step(x, state, layer, branch)
+            return self._alone(x, state, layer, branch)
         if not state.uniform(x) or state.key_bias is not None:
             raise ValueError(
                 "ATS: per_image must be True for packed sequences of different lengths and for a key bias, got False"
             )
         padded, inner = state.as_padded(x)
-        y, inner = self._step(padded, inner, layer, branch)
+        y, inner = self._together(padded, inner, layer, branch)
         return inner.as_packed(y) if state.packed else (y, inner)
 
     def mlp(self, x: Tensor, state: TokenState, layer: int, branch) -> tuple[Tensor, TokenState]:
@@ -194,64 +195,104 @@ class ATS(Reducer):
         """The counts depend on the data."""
         return None if self.layers else [(n, n)] * depth
 
-    def _step(self, x, state, layer, branch):
+    def _alone(self, x, state, layer, branch):
+        """Images by themselves."""
+        initial, tokens = state.carry["ats.initial"], state.max_seqlen if state.packed else x.shape[1]
+        whole = None if self.residual == "normed" else branch.add_sampled(x, state, initial, self.drop_tokens)
+        if whole is not None:
+            kept = _Kept(*whole[1:], tokens, state.packed)
+            return whole[0], self._follow(state, kept, layer)
         q, k, v, z = branch.start(x, state)
-        if self.per_image:
-            policy = _visible(x, state)
-            scores = _scores_alone(q, k, v, state, branch.logit_scale)
-        else:
-            policy = state.carry.get("ats.policy")
-            if policy is not None:
-                q, k, v = (t * policy[..., None, None].to(t.dtype) for t in (q, k, v))
-            scores = _scores_smoothed(q, k, v, policy, self.eps, branch.logit_scale)
-        kept = self._keep(scores, policy, state)
-        if self.per_image:
-            mixed = _attend_alone(q, k, v, kept, state, branch.logit_scale)
-        else:
-            policy = torch.ones(x.shape[:2], device=x.device) if policy is None else policy
-            mixed = kept.take(policy_attention(q, k, v, policy, self.eps, scale=branch.logit_scale).flatten(2))
-        after = _follow(state, kept, layer, hide=self.per_image)
-        taken = kept.take(x) if self.residual != "normed" else kept.take(branch.norm(x) if z is None else z)
-        y = branch.finish(taken, mixed, None if z is None else kept.take(z), after)
-        return (y if state.packed else y * after.carry["ats.policy"][..., None].to(y.dtype)), after
+        (q, k, v), keys = _ragged(q, k, v, state)
+        attention = _class_attention(q, k, v, keys, branch.logit_scale)
+        sampled = sample_tokens(
+            attention,
+            v,
+            initial,
+            cu_seqlens=keys["cu_seqlens_k"],
+            max_seqlen=tokens,
+            num_prefix=state.num_prefix,
+            key_bias=keys["key_bias"],
+            padded=not state.packed,
+            drop=self.drop_tokens,
+        )
+        kept = _Kept(*sampled, tokens, state.packed)
+        mixed = _attend(q, k, v, kept, keys, branch.logit_scale)
+        after = self._follow(state, kept, layer)
+        return self._finish(x, mixed, z, kept, after, branch), after
 
-    def _keep(self, scores, policy, state):
-        prefix, initial = state.num_prefix, state.carry["ats.initial"]
+    def _together(self, x, state, layer, branch):
+        """Padded images, as published."""
+        q, k, v, z = branch.start(x, state)
+        policy, prefix, initial = state.carry.get("ats.policy"), state.num_prefix, state.carry["ats.initial"]
+        if policy is not None:
+            q, k, v = (t * policy[..., None, None].to(t.dtype) for t in (q, k, v))
         sample = ats_sample(
-            scores[:, prefix:],
+            _scores_smoothed(q, k, v, policy, self.eps, branch.logit_scale)[:, prefix:],
             initial.shape[1] - prefix,
             grid_counts=initial.sum(1) - prefix,
             valid=None if policy is None else policy[:, prefix:] != 0,
-            published=not self.per_image,
+            published=True,
         )
-        batch, tokens = scores.shape
-        front = torch.arange(prefix, dtype=torch.int32, device=scores.device).expand(batch, -1)
-        rows = torch.cat([front, torch.where(sample.rows < 0, -1, sample.rows + prefix)], 1)
-        if state.packed:
-            slots = select_tokens(rows >= 0)
-            source = (rows + state.cu_seqlens[:-1, None]).flatten()[slots.indices.long()]
-            return _Kept(rows, source, slots.cu_seqlens, state.max_seqlen, tokens, None)
-        if self.drop_tokens and batch != 0:  # of no images, none is the longest
-            rows = rows.index_select(1, (rows >= 0).any(0).nonzero()[:, 0])  # in every image the kept rows come first
-        batches = torch.arange(batch + 1, dtype=torch.int32, device=scores.device)
-        source = torch.where(rows < 0, -1, rows + batches[:-1, None] * tokens).flatten()
-        return _Kept(rows, source, batches * rows.shape[1], rows.shape[1], tokens, rows.shape)
+        starts, tokens = state.sequences(x)
+        kept = _Kept(*place_samples(sample.rows, starts, prefix, True, self.drop_tokens), tokens, False)
+        policy = torch.ones(x.shape[:2], device=x.device) if policy is None else policy
+        mixed = kept.take(policy_attention(q, k, v, policy, self.eps, scale=branch.logit_scale).flatten(2))
+        after = self._follow(state, kept, layer)
+        return self._finish(x, mixed, z, kept, after, branch), after
+
+    def _finish(self, x, mixed, z, kept, after, branch):
+        taken = kept.take(x) if self.residual != "normed" else kept.take(branch.norm(x) if z is None else z)
+        y = branch.finish(taken, mixed, None if z is None else kept.take(z), after)
+        policy = after.carry.get("ats.policy")
+        return y if policy is None else y * policy[..., None].to(y.dtype)
+
+    def _follow(self, state, kept, layer):
+        """The state of the kept tokens; padding is hidden from attention where images are by themselves."""
+        # One image is as long as the longest: nothing is padding, which spares its later layers the bias.
+        whole = kept.packed or (self.per_image and self.drop_tokens and kept.rows.shape[0] == 1)
+        changes = {}
+        for name, made in _FIELDS:
+            values = getattr(state, name)
+            if values is not None:
+                values = values.reshape(-1)[kept.source.clamp(min=0).long()]
+                values = values if whole else torch.where(kept.source < 0, made, values)
+            elif name == "key_bias" and self.per_image and not whole:
+                values = torch.where(kept.source < 0, made, 0.0)
+            if values is not None:
+                changes[name] = values if kept.packed else values.view(kept.rows.shape)
+        if "parent" in state.carry:
+            state = state.reparent(kept.moved())
+        carry = {**state.carry, f"ats.rows.{layer}": kept.rows}
+        if kept.packed:
+            changes["cu_seqlens"] = kept.cu_seqlens
+        elif not whole:
+            carry["ats.policy"] = kept.rows >= 0
+        return state.replace(carry=carry, **changes)
 
 
 class _Kept(NamedTuple):
-    """What a layer keeps: ``rows [B, M]`` within each image, and the same as flat row numbers ``source [S]``."""
+    """What a layer keeps, as ``sample_tokens`` says it: ``rows [B, M]`` within each image, and as flat row numbers."""
 
     rows: Tensor
     source: Tensor
     cu_seqlens: Tensor
-    max_seqlen: int
     tokens: int  # of each image, before
-    shape: tuple | None  # [B, M] of padded tokens
+    packed: bool
 
     def take(self, values):
         """The kept rows of ``[B, N, C]`` or ``[T, C]``, zeros for padding."""
-        taken = gather_tokens(values.reshape(-1, values.shape[-1]), self.source)
-        return taken if self.shape is None else taken.view(*self.shape, values.shape[-1])
+        return self.shaped(gather_tokens(values.reshape(-1, values.shape[-1]), self.source))
+
+    def shaped(self, values):
+        """Rows ``[S, C]``, padded where the tokens are."""
+        return values if self.packed else values.view(*self.rows.shape, values.shape[-1])
+
+    def moved(self):
+        """The new row of every row, -1 = dropped: int32 ``[B, tokens]``."""
+        place = torch.arange(self.rows.shape[1], dtype=torch.int32, device=self.rows.device).expand_as(self.rows)
+        moved = torch.full((self.rows.shape[0], self.tokens + 1), -1, dtype=torch.int32, device=self.rows.device)
+        return moved.scatter(1, torch.where(self.rows < 0, self.tokens, self.rows).long(), place)[:, : self.tokens]
 
 
 def _visible(x, state):
@@ -273,24 +314,29 @@ def _padded(values, state, fill):
 
 
 def _ragged(q, k, v, state):
-    """Keys and values as packed rows ``[T, H, D]``, and the arguments that say so."""
+    """Queries, keys and values as packed rows ``[T, H, D]``, and the arguments that say so."""
     cu_seqlens, max_seqlen = state.sequences(q)
     bias = None if state.key_bias is None else state.key_bias.reshape(-1)
     flat = [t.reshape(-1, *t.shape[-2:]) for t in (q, k, v)]
     return flat, {"cu_seqlens_k": cu_seqlens, "max_seqlen_k": max_seqlen, "key_bias": bias}
 
 
-def _scores_alone(q, k, v, state, scale):
-    """Significance ``[B, N]`` among the tokens of each image."""
-    (q, k, v), keys = _ragged(*(t.detach() for t in (q, k, v)), state)
-    starts = keys["cu_seqlens_k"]
+def _class_attention(q, k, v, keys, scale):
+    """Attention of the first token of each image ``[H, T]``."""
+    starts, (q, k, v) = keys["cu_seqlens_k"], (t.detach() for t in (q, k, v))
     one = torch.arange(starts.shape[0], dtype=torch.int32, device=q.device)
     first = gather_tokens(q.flatten(1), starts[:-1]).view(-1, *q.shape[1:])
     *_, attention = sparse_attention(first, k, v, cu_seqlens_q=one, max_seqlen_q=1, scale=scale, want_cls=True, **keys)
-    scores = ats_scores(attention[None], v[None])[0]
-    if state.packed:
-        return _padded(scores, state, 0.0)
-    return scores.unflatten(0, (starts.shape[0] - 1, keys["max_seqlen_k"]))
+    return attention
+
+
+def _attend(q, k, v, kept, keys, scale):
+    """Attention of the kept queries to all keys of their image, ``[..., H * D]``."""
+    heads, width = q.shape[-2:]
+    chosen = gather_tokens(q.flatten(1), kept.source).view(-1, heads, width)
+    most = kept.tokens if kept.packed else kept.rows.shape[1]
+    out, _ = sparse_attention(chosen, k, v, cu_seqlens_q=kept.cu_seqlens, max_seqlen_q=most, scale=scale, **keys)
+    return kept.shaped(out.flatten(1))
 
 
 def _scores_smoothed(q, k, v, policy, eps, scale):
@@ -299,35 +345,3 @@ def _scores_smoothed(q, k, v, policy, eps, scale):
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         logits = torch.einsum("bhd,bnhd->bhn", q[:, 0].to(stat), k.to(stat)) * scale
         return ats_scores(ats_smooth_row(logits, policy, eps), v)
-
-
-def _attend_alone(q, k, v, kept, state, scale):
-    """Attention of the kept queries to all keys of their image, ``[..., H * D]``."""
-    heads, width = q.shape[-2:]
-    (q, k, v), keys = _ragged(q, k, v, state)
-    chosen = gather_tokens(q.flatten(1), kept.source).view(-1, heads, width)
-    out, _ = sparse_attention(
-        chosen, k, v, cu_seqlens_q=kept.cu_seqlens, max_seqlen_q=kept.max_seqlen, scale=scale, **keys
-    )
-    out = out.flatten(1)
-    return out if kept.shape is None else out.view(*kept.shape, heads * width)
-
-
-def _follow(state, kept, layer, hide):
-    """The state of the kept tokens; ``hide``: padding is hidden from attention."""
-    padding = kept.source < 0
-    fields = {}
-    for name, made in _FIELDS:
-        values = getattr(state, name)
-        if values is not None:
-            values = torch.where(padding, made, values.reshape(-1)[kept.source.clamp(min=0).long()])
-        elif name == "key_bias" and hide and kept.shape is not None:
-            values = torch.where(padding, made, 0.0)
-        fields[name] = values if values is None or kept.shape is None else values.view(kept.shape)
-    place = torch.arange(kept.rows.shape[1], dtype=torch.int32, device=padding.device).expand_as(kept.rows)
-    moved = torch.full((kept.rows.shape[0], kept.tokens + 1), -1, dtype=torch.int32, device=padding.device)
-    moved = moved.scatter(1, torch.where(kept.rows < 0, kept.tokens, kept.rows).long(), place)[:, : kept.tokens]
-    state = state.reparent(moved).replace(**fields).with_carry(**{f"ats.rows.{layer}": kept.rows})
-    if kept.shape is None:
-        return state.replace(cu_seqlens=kept.cu_seqlens)
-    return state.with_carry(**{"ats.policy": kept.rows >= 0})
