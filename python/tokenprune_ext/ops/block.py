@@ -111,7 +111,7 @@ def packed_attention_sampled(
     check(num_prefix >= 1, op, "num_prefix", "be >= 1 (the class token)", num_prefix)
     if key_bias is not None:
         key_bias = key_bias.to(stat_dtype(x.dtype))
-    scale = head_dim**-0.5 if scale is None else scale
+    scale = default_scale(head_dim) if scale is None else scale
     tail = num_heads, head_dim, cu_seqlens, max_seqlen, key_bias, scale, initial, num_prefix, drop
     return call(op, x.device, x, *norm, *qkv, *proj, layer_scale, *tail)
 
