@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "../common/check.h"
+#include "../merge/cpu.h"
 #include "../packed/cpu.h"
 #include "../sorting/cpu.h"
 #include "../tokens/cpu.h"
@@ -95,6 +96,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> packed_attention(
   return {y, qkv, lse, mean_over_heads(cls)};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> packed_attention_merged(
+    const Tensor& x, const Optional& norm_weight, const Optional& norm_bias, double norm_eps, const Tensor& packed_qkv,
+    const Optional& bias_qkv, const Tensor& packed_proj, const Optional& bias_proj, const Optional& layer_scale,
+    int64_t heads, int64_t dim, const Optional& key_bias, double scale, int64_t r, const Optional& size,
+    bool class_token, bool distill_token, int64_t num_prefix) {
+  check_dim("packed_attention_merged", "x", x, 3, "[B, N, C]");
+  const auto [y, qkv, lse, cls] =
+      packed_attention(x, norm_weight, norm_bias, norm_eps, packed_qkv, bias_qkv, packed_proj, bias_proj, layer_scale,
+                       heads, dim, {}, {}, 0, key_bias, scale, false);
+  const int64_t tokens = x.size(1), width = heads * dim;
+  const Tensor keys = view(qkv, {x.size(0), tokens, heads, dim}, {tokens * 3 * width, 3 * width, dim, 1}, width);
+  return match_and_merge(y, keys, r, size, class_token, distill_token, num_prefix);
+}
+
 // Rows of y without a source become zero.
 void clear_padding(const Tensor& source, Tensor& y) {
   const int64_t bytes = y.size(1) * y.element_size();
@@ -146,6 +161,7 @@ Tensor packed_mlp(const Tensor& x, const Optional& norm_weight, const Optional& 
 
 STABLE_TORCH_LIBRARY_IMPL(tokenprune, CPU, m) {
   m.impl("packed_attention", TORCH_BOX(&packed_attention));
+  m.impl("packed_attention_merged", TORCH_BOX(&packed_attention_merged));
   m.impl("packed_attention_sampled", TORCH_BOX(&packed_attention_sampled));
   m.impl("packed_mlp", TORCH_BOX(&packed_mlp));
 }

@@ -13,9 +13,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tokenprune, m) {
       "Tensor? bias_qkv, Tensor packed_proj, Tensor? bias_proj, Tensor? layer_scale, SymInt num_heads, "
       "SymInt head_dim, Tensor? indices, Tensor? cu_seqlens, SymInt max_seqlen, Tensor? key_bias, float scale, "
       "bool want_cls) -> (Tensor, Tensor, Tensor, Tensor)");
-  // (y, rows, source, cu_seqlens): the same with the queries and rows that sample_tokens keeps of x [B, N, C], or [T,
-  // C] with cu_seqlens and max_seqlen: y [B, M, C] (zeros behind the kept rows) or [S, C]. The first token of every
-  // sequence scores the others; initial, num_prefix and drop, rows, source and the new cu_seqlens are those of
+  // The same of padded tokens x [B, N, C], then match_and_merge by the keys, with its r, size, protection and outputs.
+  m.def(
+      "packed_attention_merged(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, Tensor packed_qkv, "
+      "Tensor? bias_qkv, Tensor packed_proj, Tensor? bias_proj, Tensor? layer_scale, SymInt num_heads, "
+      "SymInt head_dim, Tensor? key_bias, float scale, SymInt r, Tensor? size, bool class_token, bool distill_token, "
+      "SymInt num_prefix) -> (Tensor y, Tensor size_out, Tensor log_size, Tensor parent)");
+  // (y, rows, source, cu_seqlens): packed_attention with the queries and rows that sample_tokens keeps of x [B, N, C],
+  // or [T, C] with cu_seqlens and max_seqlen: y [B, M, C] (zeros behind the kept rows) or [S, C]. The first token of
+  // every sequence scores the others; initial, num_prefix and drop, rows, source and the new cu_seqlens are those of
   // sample_tokens.
   m.def(
       "packed_attention_sampled(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, Tensor packed_qkv, "

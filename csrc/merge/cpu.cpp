@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // CPU registration: checks, allocation, ranking of the matches, and the loops over rows.
+#include "cpu.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -182,6 +184,8 @@ void fill_log(const Tensor& sizes, const Tensor& logs) {
   for (int64_t i = 0; i < sizes.numel(); ++i) to[i] = std::log(size[i]);
 }
 
+}  // namespace
+
 // Without the way back to Python in between, which small models at batch 1 feel.
 std::tuple<Tensor, Tensor, Tensor, Tensor> match_and_merge(const Tensor& x, const Tensor& metric, int64_t r,
                                                            const Optional& size, bool class_token, bool distill_token,
@@ -197,6 +201,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> match_and_merge(const Tensor& x, cons
                                                : fill_log<float>(size_out, log_size);
   return {y, size_out, log_size, parent};
 }
+
+namespace {
 
 STABLE_TORCH_LIBRARY_IMPL(tokenprune, CPU, m) {
   m.impl("match_and_merge", TORCH_BOX(&match_and_merge));

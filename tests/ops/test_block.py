@@ -8,6 +8,7 @@ from tokenprune_ext import ops
 
 from tests.conformance import Conformance, OpSpec, Sample, assert_same, needs_library
 from tests.ops.common import expect
+from tests.ops.test_merge import oracle_whole
 from tests.ops.test_sorting import make_sequences, oracle_tokens
 from tests.spec import DTYPES
 
@@ -16,6 +17,10 @@ SCHEMAS = [
     "Tensor? bias_qkv, Tensor packed_proj, Tensor? bias_proj, Tensor? layer_scale, SymInt num_heads, SymInt head_dim, "
     "Tensor? indices, Tensor? cu_seqlens, SymInt max_seqlen, Tensor? key_bias, float scale, bool want_cls) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
+    "packed_attention_merged(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, Tensor packed_qkv, "
+    "Tensor? bias_qkv, Tensor packed_proj, Tensor? bias_proj, Tensor? layer_scale, SymInt num_heads, SymInt head_dim, "
+    "Tensor? key_bias, float scale, SymInt r, Tensor? size, bool class_token, bool distill_token, SymInt num_prefix) "
+    "-> (Tensor y, Tensor size_out, Tensor log_size, Tensor parent)",
     "packed_attention_sampled(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, Tensor packed_qkv, "
     "Tensor? bias_qkv, Tensor packed_proj, Tensor? bias_proj, Tensor? layer_scale, SymInt num_heads, SymInt head_dim, "
     "Tensor? cu_seqlens, SymInt max_seqlen, Tensor? key_bias, float scale, Tensor initial, SymInt num_prefix, bool drop) "
@@ -128,6 +133,36 @@ def oracle_attention(
     return out if want_cls else out[:3]
 
 
+def make_merged(rng, batch, tokens, heads, dim, channels, r, *, sizes=True, full=False, **protected):
+    made = make_attention(rng, [tokens] * batch, heads, dim, channels, padded=True, full=full)
+    size = {"size": torch.randint(1, 5, (batch, tokens), generator=rng).double()} if sizes else {}
+    return Sample(made.inputs | size, {"heads": heads, "dim": dim, "r": r, **protected})
+
+
+def run_merged(x, qkv, proj, key_bias=None, size=None, layer_scale=None, *, heads, dim, r, **options):
+    parts = {name: options.pop(name, None) for name in ("norm_weight", "norm_bias", "bias_qkv", "bias_proj")}
+    return ops.packed_attention_merged(
+        x,
+        (ops.pack_linear(qkv), parts["bias_qkv"]),
+        (ops.pack_linear(proj), parts["bias_proj"]),
+        r,
+        norm=(parts["norm_weight"], parts["norm_bias"], 1e-6),
+        num_heads=heads,
+        head_dim=dim,
+        layer_scale=layer_scale,
+        key_bias=key_bias,
+        size=size,
+        **options,
+    )
+
+
+def oracle_merged(x, qkv, proj, size=None, *, heads, dim, r, **options):
+    protected = {n: options.pop(n) for n in ("class_token", "distill_token", "num_prefix") if n in options}
+    y, wide, _ = oracle_attention(x, qkv, proj, heads=heads, dim=dim, want_cls=False, most=x.shape[1], **options)
+    keys = wide.reshape(*x.shape[:2], 3, heads, dim)[:, :, 1]
+    return oracle_whole(y, keys, r, size, **protected)
+
+
 def make_sampled(rng, lengths, heads, dim, channels, *, points=None, prefix=1, hidden=False, drop=True, **options):
     made = make_attention(rng, lengths, heads, dim, channels, **options)
     sequences = make_sequences(rng, lengths, points=points, prefix=prefix, hidden=hidden).inputs
@@ -171,7 +206,7 @@ def oracle_sampled(x, qkv, proj, initial, cu_seqlens=None, key_bias=None, *, hea
     y, wide, _, cls = oracle_attention(x, qkv, proj, **whole, **sizes, want_cls=True, most=most)
     v = wide.view(-1, 3, heads, dim)[:, 2]
     options = {"max_seqlen": most, "num_prefix": prefix, "padded": padded, "drop": drop}
-    rows, source, starts = oracle_tokens(cls, v, initial, cu_seqlens, key_bias, **options)
+    rows, source, starts = oracle_tokens(cls[None], v, initial, cu_seqlens, key_bias, **options)
     kept = torch.cat([y, y.new_zeros(1, y.shape[1])])[source.long()]
     return kept.view(*rows.shape, -1) if padded else kept, rows, source, starts
 
@@ -212,6 +247,8 @@ def oracle_mlp(
     return x + (y if layer_scale is None else y * layer_scale)
 
 
+IMAGE = {"batch": 1, "tokens": 33, "heads": 3, "dim": 16, "channels": 48, "r": 7}
+
 SPECS = [
     OpSpec(
         "packed_attention",
@@ -236,6 +273,32 @@ SPECS = [
             "full": [False, True],
             "want_cls": [False, True],
         },
+    ),
+    OpSpec(
+        "packed_attention_merged",
+        run_merged,
+        oracle_merged,
+        make_merged,
+        cases={
+            "class": {**IMAGE, "class_token": True, "full": True},
+            "distill": {**IMAGE, "batch": 2, "class_token": True, "distill_token": True},
+            "prefix": {**IMAGE, "tokens": 34, "num_prefix": 5, "full": True},
+            "no_sizes": {**IMAGE, "sizes": False},
+            "clamped": {**IMAGE, "r": 100},
+        },
+        sized=lambda tokens: {**IMAGE, "tokens": tokens, "r": 2, "class_token": True},
+        fuzz={
+            "batch": (1, 2),
+            "tokens": (3, 40),
+            "heads": (1, 3),
+            "dim": (2, 40),
+            "channels": (1, 60),
+            "r": (1, 30),
+            "full": [False, True],
+            "num_prefix": [None, 1],
+        },
+        dtypes=(torch.float32, torch.float64),  # in others rounding moves the matches: see below
+        stats=frozenset({"size"}),
     ),
     OpSpec(
         "packed_attention_sampled",
@@ -314,6 +377,10 @@ def test_errors_name_op_argument_rule_and_value():
     expect(ValueError, name, "x must have shape .* with", sampled, x[None], qkv, proj, some, cu_seqlens=cu, **sizes)
     expect(ValueError, name, "num_prefix must be >= 1", sampled, x[None], qkv, proj, some, num_prefix=0, **sizes)
     expect(TypeError, name, "x must be a float32", sampled, x.int(), qkv, proj, some, **sizes)
+    merged, name = ops.packed_attention_merged, "packed_attention_merged"
+    expect(ValueError, name, "x must have shape", merged, x, qkv, proj, 1, **sizes)
+    expect(ValueError, name, "r must be >= 0", merged, x[None], qkv, proj, -1, **sizes)
+    expect(TypeError, name, "x must be a float32", merged, x.int(), qkv, proj, 1, **sizes)
     mlp = ops.packed_mlp
     expect(ValueError, "packed_mlp", "act must be one of", mlp, x, qkv, proj, hidden=24, act="relu", **NORM)
     expect(TypeError, "packed_mlp", "x must be a float32", mlp, x.int(), qkv, proj, hidden=24, **NORM)
@@ -356,6 +423,69 @@ def test_direct_calls_are_checked():
         torch.ops.tokenprune.packed_mlp(x, None, None, 1e-6, qkv, None, 24, 1, qkv, None, None)
     with pytest.raises(RuntimeError, match="act must be in"):
         torch.ops.tokenprune.packed_mlp(x, None, None, 1e-6, qkv, None, 24, 7, qkv, None, None)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ["class", "distill", "prefix", "no_sizes"])
+def test_merged_attention_is_its_parts_one_by_one(case, dtype):
+    merged = next(spec for spec in SPECS if spec.name == "packed_attention_merged")
+    made = merged.sample(**merged.cases[case])
+    inputs, o = merged.cast(made, dtype), made.options
+    x, heads, dim = inputs["x"], o["heads"], o["dim"]
+    y, wide, *_ = ops.packed_attention(
+        x,
+        (ops.pack_linear(inputs["qkv"]), inputs.get("bias_qkv")),
+        (ops.pack_linear(inputs["proj"]), inputs.get("bias_proj")),
+        norm=(inputs.get("norm_weight"), inputs.get("norm_bias"), 1e-6),
+        num_heads=heads,
+        head_dim=dim,
+        layer_scale=inputs.get("layer_scale"),
+        key_bias=inputs.get("key_bias"),
+    )
+    keys = wide.view(*x.shape[:2], 3, heads, dim)[:, :, 1]
+    protected = {n: o[n] for n in ("class_token", "distill_token", "num_prefix") if n in o}
+    expected = ops.match_and_merge(y, keys, o["r"], size=inputs.get("size"), **protected)
+    assert_same(run_merged(**inputs, **o), expected)
+
+
+@needs_library
+def test_flops_of_merged_attention_are_those_of_its_parts():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    merged = next(spec for spec in SPECS if spec.name == "packed_attention_merged")
+    made = merged.sample(**merged.cases["class"])
+    inputs = merged.cast(made, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        run_merged(**inputs, **made.options)
+    rows, width, channels = 33, 48, 48
+    attention = 2 * rows * channels * 4 * width + 4 * width * rows**2
+    assert counter.get_total_flops() == attention + 2 * 17 * 16 * 16
+
+
+@needs_library
+def test_direct_calls_of_merged_attention_are_checked():
+    (qkv, _), (proj, _) = _weights()
+
+    x = torch.randn(1, 5, 8)
+
+    def call(x=x, heads=2, bias=None, r=1, size=None, flags=(True, False, 0)):
+        parts = None, None, 1e-6, qkv, None, proj, None, None, heads, 4
+        return torch.ops.tokenprune.packed_attention_merged(x, *parts, bias, 0.5, r, size, *flags)
+
+    assert call()[0].shape == (1, 4, 8) and call(x[:0])[0].shape == (0, 4, 8)
+    for wrong, message in [
+        ({"x": torch.randn(5, 8)}, r"x must have shape \[B, N, C\]"),
+        ({"heads": -1}, "num_heads must be in"),
+        ({"heads": 3}, "packed must hold a float32 weight"),
+        ({"bias": torch.zeros(4)}, "key_bias must have size 5"),
+        ({"r": 3}, r"r must be in \[0, 2\], got 3"),
+        ({"r": -1}, r"r must be in \[0, 2\], got -1"),
+        ({"size": torch.ones(1, 4)}, "size must have size 5"),
+        ({"flags": (True, False, 2)}, "num_prefix must be 0 beside"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            call(**wrong)
 
 
 @needs_library

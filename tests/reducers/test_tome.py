@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """ToMe against the formulas of its paper, written out plainly."""
 
+from unittest import mock
+
 import pytest
+import tokenprune_ext
 import torch
 import torch.nn.functional as F
 from tokenprune_ext import reducers
 from tokenprune_ext.nn import TokenState
+from tokenprune_ext.ops._register import call
 from tokenprune_ext.reducers import parse_r
+
+from tests.conformance import needs_library
 
 from .common import DEPTH, pack_ragged, split, tiny_blocks, tokens, walk
 
@@ -150,3 +156,21 @@ def test_schedules():
 def test_other_schedules_are_refused(r):
     with pytest.raises(ValueError, match="ToMe: r must be an int, a list of ints or"):
         reducers.create("tome", r=r, depth=2)
+
+
+@needs_library
+@pytest.mark.parametrize("prefix", [1, 3])
+@torch.no_grad()
+def test_packed_weights_merge_in_one_call(prefix):
+    blocks, x = tokenprune_ext.pack(tiny_blocks()), tokens(2, 18)
+    reducer = reducers.create("tome", depth=DEPTH, r=[3, 0, 100, 2], num_prefix=prefix, trace_source=True)
+    state = TokenState(num_prefix=prefix)
+    with mock.patch("tokenprune_ext.nn.block.call", wraps=call) as calls:
+        y, after = walk(blocks, x, reducer, state)
+    assert [c.args[0] for c in calls.mock_calls][:3] == [f"packed_attention{end}" for end in ("_merged", "", "_merged")]
+    with mock.patch("tokenprune_ext.nn.block.in_one_call", return_value=False):
+        expected, same = walk(blocks, x, reducer, state)
+    torch.testing.assert_close(y, expected, atol=1e-12, rtol=1e-12)
+    for name in ("size", "key_bias", "index"):
+        torch.testing.assert_close(getattr(after, name), getattr(same, name))
+    assert torch.equal(after.carry["parent"], same.carry["parent"])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .._library import cpu_loaded
 from ..ops import attention_scores, gather_layer_norm, gather_tokens, policy_attention, sparse_attention
 from ..ops._register import call, stat_dtype
+from ..ops.merge import count_merges
 from .packed import PackedLinear, fused_mlp, fusible, idle, in_one_call, plain_norm, plain_scale
 from .places import PairBias, biased_attention, biased_policy_attention
 from .state import TokenState, sequence_of_row
@@ -235,6 +236,27 @@ class AttentionBranch:
         mixed, product = self.mix(*heads, state, want)
         y = self.finish(x if rows is None else gather_tokens(x, rows), mixed, z, state)
         return y if want is None else (y, product)
+
+    def add_merged(
+        self,
+        x: Tensor,
+        state: TokenState,
+        r: int,
+        class_token: bool = False,
+        distill_token: bool = False,
+        num_prefix: int | None = None,
+    ) -> tuple | None:
+        """``ops.packed_attention_merged`` of padded tokens, or None where nothing merges or a part stands in the way."""
+        parts = None if state.packed else self._at_once(x)
+        if parts is None:
+            return None
+        r = count_merges("packed_attention_merged", x.shape[1], r, class_token, distill_token, num_prefix)
+        if r == 0:
+            return None
+        size = None if state.size is None else state.size.to(stat_dtype(x.dtype))
+        protected = class_token, distill_token, num_prefix or 0
+        tail = _flat_bias(x, state), self.logit_scale, r, size, *protected
+        return call("packed_attention_merged", x.device, x, *parts, *tail)
 
     def add_sampled(self, x: Tensor, state: TokenState, initial: Tensor, drop: bool) -> tuple | None:
         """``ops.packed_attention_sampled``, or None where a part stands in the way."""

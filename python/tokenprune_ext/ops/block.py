@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two halves of a pre-norm transformer block, each in one call, from packed weights: inference on the CPU.
+The attention half also with what ToMe and ATS do behind it.
 
 The same kernels as :func:`packed_linear` and :func:`sparse_attention`, without the way back to Python in between, which
 small models at batch 1 feel.
@@ -8,11 +9,11 @@ small models at batch 1 feel.
 import torch
 from torch import Tensor
 
-from . import attention, packed, sorting
+from . import attention, merge, packed, sorting
 from ._register import call, check, check_floating, check_index, default_scale, register, stat_dtype
 from .tokens import TokenIndex, gather_tokens
 
-__all__ = ["packed_attention", "packed_attention_sampled", "packed_mlp"]
+__all__ = ["packed_attention", "packed_attention_merged", "packed_attention_sampled", "packed_mlp"]
 
 
 # ---------------------------------------------------------------- public functions
@@ -68,6 +69,48 @@ def packed_attention(
         key_bias = key_bias.to(stat_dtype(x.dtype))
     scale = default_scale(head_dim) if scale is None else scale
     tail = num_heads, head_dim, index, cu_seqlens, max_seqlen, key_bias, scale, want_cls
+    return call(op, x.device, x, *norm, *qkv, *proj, layer_scale, *tail)
+
+
+def packed_attention_merged(
+    x: Tensor,
+    qkv: tuple[Tensor, Tensor | None],
+    proj: tuple[Tensor, Tensor | None],
+    r: int,
+    *,
+    norm: tuple[Tensor | None, Tensor | None, float],
+    num_heads: int,
+    head_dim: int,
+    layer_scale: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    scale: float | None = None,
+    size: Tensor | None = None,
+    class_token: bool = False,
+    distill_token: bool = False,
+    num_prefix: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`packed_attention`, then :func:`match_and_merge` by its keys.
+
+    Args:
+        x: ``[B, N, C]``.
+        qkv, proj, norm, num_heads, head_dim, layer_scale, key_bias, scale: as in :func:`packed_attention`.
+        r, size, class_token, distill_token, num_prefix: as in :func:`match_and_merge`.
+
+    Returns:
+        ``(y [B, N', C], size' [B, N'], log(size') [B, N'], parent int32 [B, N])``.
+
+    Raises:
+        As :func:`packed_attention` and :func:`match_and_merge`.
+    """
+    op = "packed_attention_merged"
+    check_floating(op, x=x)
+    packed.check_on_cpu(op, "x", x)
+    check(x.dim() == 3, op, "x", "have shape [B, N, C]", tuple(x.shape))
+    r = merge.count_merges(op, x.shape[1], r, class_token, distill_token, num_prefix)
+    stat = stat_dtype(x.dtype)
+    key_bias, size = (None if t is None else t.to(stat) for t in (key_bias, size))
+    scale = default_scale(head_dim) if scale is None else scale
+    tail = num_heads, head_dim, key_bias, scale, r, size, class_token, distill_token, num_prefix or 0
     return call(op, x.device, x, *norm, *qkv, *proj, layer_scale, *tail)
 
 
@@ -173,6 +216,27 @@ def _fake_attention(
     )
 
 
+def _fake_merged(
+    x,
+    norm_weight,
+    norm_bias,
+    eps,
+    qkv,
+    b,
+    proj,
+    d,
+    layer_scale,
+    heads,
+    dim,
+    bias,
+    scale,
+    r,
+    size,
+    *protected,
+):
+    return merge._fake_step(x, x, r, size, *protected)
+
+
 def _fake_sampled(
     x,
     norm_weight,
@@ -227,6 +291,13 @@ def _flops_attention(
     return 8 * out_val[0].numel() * heads * dim + 4 * heads * dim * pairs
 
 
+def _flops_merged(
+    x, norm_weight, norm_bias, eps, qkv, b, proj, d, layer_scale, heads, dim, *args, out_val=None, **kwargs
+):
+    attention = 8 * x.numel() * heads * dim + 4 * heads * dim * x.shape[0] * x.shape[1] ** 2
+    return attention + merge._flops_step(x, x.new_empty(0, dim))
+
+
 def _flops_sampled(
     x,
     norm_weight,
@@ -276,6 +347,13 @@ def _reference_attention(
     return y, wide, lse, row.mean(0)
 
 
+def _reference_merged(x, *args):
+    *parts, heads, dim, bias, scale, r, size, class_token, distill_token, prefix = args
+    y, wide, *_ = _reference_attention(x, *parts, heads, dim, None, None, 0, bias, scale, False)
+    keys = wide.view(*x.shape[:2], 3, heads, dim)[:, :, 1]
+    return merge._reference_step(y, keys, r, size, class_token, distill_token, prefix)
+
+
 def _reference_sampled(
     x,
     norm_weight,
@@ -321,4 +399,5 @@ def _reference_mlp(x, norm_weight, norm_bias, eps, first, bias_1, hidden, act, s
 
 register("packed_attention", fake=_fake_attention, reference=_reference_attention, flops=_flops_attention)
 register("packed_attention_sampled", fake=_fake_sampled, reference=_reference_sampled, flops=_flops_sampled)
+register("packed_attention_merged", fake=_fake_merged, reference=_reference_merged, flops=_flops_merged)
 register("packed_mlp", fake=_fake_mlp, reference=_reference_mlp, flops=_flops_mlp)

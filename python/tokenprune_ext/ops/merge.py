@@ -72,7 +72,7 @@ def bipartite_soft_matching(
     if metric.dim() == 4 and metric.device.type != "cpu":
         metric = metric.mean(2)  # elsewhere not part of the kernel
     _check_metric(op, metric, heads=True)
-    r = _merges(op, metric.shape[1], r, class_token, distill_token, num_prefix)
+    r = count_merges(op, metric.shape[1], r, class_token, distill_token, num_prefix)
     if r <= 0:
         return _identity(metric)
     metric = metric.detach()
@@ -194,7 +194,7 @@ def match_and_merge(
         check(False, op, "metric", "be of {} tokens", tuple(metric.shape), list(x.shape[:2]))
     one_call = x.device.type != "cuda" and x.dim() == 3 and (size is None or size.shape == x.shape[:2])
     options = {"class_token": class_token, "distill_token": distill_token, "num_prefix": num_prefix}
-    merges = _merges(op, x.shape[1], r, *options.values())
+    merges = count_merges(op, x.shape[1], r, *options.values())
     if not one_call or merges == 0:
         matching = bipartite_soft_matching(metric, r, **options)
         y, size = merge_tokens(x, matching, size=size, mode="weighted")
@@ -243,7 +243,7 @@ def _check_metric(op, metric, heads=False):
         check(False, op, "metric", "have shape [B, T, C]{}", tuple(metric.shape), " or [B, T, H, D]" if heads else "")
 
 
-def _merges(op, tokens, r, class_token, distill_token, num_prefix):
+def count_merges(op, tokens, r, class_token, distill_token, num_prefix):
     """How many merge: at most half of the unprotected tokens."""
     if r < 0:
         check(False, op, "r", "be >= 0", r)

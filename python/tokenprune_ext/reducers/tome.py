@@ -94,6 +94,9 @@ class ToMe(Reducer):
         """Attention with the residual, then merging."""
         if self.r[layer] == 0:
             return super().attention(x, state, layer, branch)
+        whole = branch.add_merged(x, state, self.r[layer], **self._flags(state))
+        if whole is not None:
+            return self._follow(state, *whole)
         x, keys = branch.add(x, state, want="keys")
         if state.uniform(x):
             packed = state.packed
@@ -135,7 +138,9 @@ class ToMe(Reducer):
         return {"class_token": self.class_token, "distill_token": self.distill_token}
 
     def _merge(self, x, metric, state, r):
-        x, size, log_size, parent = match_and_merge(x, metric, r, size=state.size, **self._flags(state))
+        return self._follow(state, *match_and_merge(x, metric, r, size=state.size, **self._flags(state)))
+
+    def _follow(self, state, x, size, log_size, parent):
         index = state.index
         if parent is not None:
             state = state.reparent(parent)
