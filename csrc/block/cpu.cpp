@@ -150,6 +150,99 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> packed_attention_sampled(
   return {y, rows, source, starts};
 }
 
+// Every head of every sequence as a sequence of its own: the rows of keys (or values) [T * 3 * H, D], counted from the
+// first head of the first token.
+struct HeadRows {
+  Tensor starts, index;
+  std::optional<Tensor> bias;
+
+  HeadRows(const Tokens& tokens, const Optional& key_bias) {
+    const int64_t batch = tokens.starts.numel() - 1, heads = tokens.heads;
+    const int32_t* from = data<int32_t>(tokens.starts);
+    starts = allocate(tokens.starts, {batch * heads + 1}, ScalarType::Int);
+    index = allocate(tokens.starts, {from[batch] * heads}, ScalarType::Int);
+    int32_t *first = mutable_data<int32_t>(starts), *row = mutable_data<int32_t>(index), end = 0;
+    *first++ = 0;
+    for (int64_t b = 0; b < batch; ++b) {
+      for (int64_t h = 0; h < heads; ++h) {
+        for (int64_t t = from[b]; t < from[b + 1]; ++t) *row++ = static_cast<int32_t>(t * 3 * heads + h);
+        *first++ = end += from[b + 1] - from[b];
+      }
+    }
+    if (key_bias.has_value()) set_bias(tokens, as_contiguous(*key_bias));
+  }
+
+ private:
+  void set_bias(const Tokens& tokens, const Tensor& key_bias) {
+    const int64_t batch = tokens.starts.numel() - 1, bytes = key_bias.element_size();
+    const int32_t* from = data<int32_t>(tokens.starts);
+    bias = allocate(key_bias, {index.numel()});
+    char* to = static_cast<char*>(bias->mutable_data_ptr());
+    for (int64_t b = 0; b < batch; ++b) {
+      const int64_t size = (from[b + 1] - from[b]) * bytes;
+      for (int64_t h = 0; h < tokens.heads; ++h, to += size) {
+        std::memcpy(to, static_cast<const char*>(key_bias.const_data_ptr()) + from[b] * bytes, size);
+      }
+    }
+  }
+};
+
+// Every token receives what its group got, [rows, H * D]; zeros behind the last sequence.
+Tensor spread_groups(const Tokens& tokens, const HeadGroups& groups, const Tensor& mixed) {
+  Tensor out = allocate(mixed, {tokens.rows, tokens.width});
+  const int32_t *cu = data<int32_t>(tokens.starts), *first = data<int32_t>(groups.cu_groups),
+                *ids = data<int32_t>(groups.ids);
+  const int64_t batch = tokens.starts.numel() - 1, bytes = tokens.dim * mixed.element_size();
+  const char* from = static_cast<const char*>(mixed.const_data_ptr());
+  char* to = static_cast<char*>(out.mutable_data_ptr());
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t t = cu[b]; t < cu[b + 1]; ++t) {
+      for (int64_t row = b * tokens.heads; row < (b + 1) * tokens.heads; ++row, to += bytes) {
+        std::memcpy(to, from + (first[row] + ids[row * tokens.most + t - cu[b]]) * bytes, bytes);
+      }
+    }
+  }
+  std::memset(to, 0, (tokens.rows - cu[batch]) * tokens.heads * bytes);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> packed_attention_grouped(
+    const Tensor& input, const Optional& norm_weight, const Optional& norm_bias, double norm_eps,
+    const Tensor& packed_qkv, const Optional& bias_qkv, const Tensor& packed_proj, const Optional& bias_proj,
+    const Optional& layer_scale, int64_t heads, int64_t dim, const Optional& cu_seqlens, int64_t max_seqlen,
+    const Optional& key_bias, double scale, const Tensor& projection, const Tensor& offset, double width) {
+  const char* op = "packed_attention_grouped";
+  const Tensor x = as_contiguous(input);
+  const Tokens tokens(op, x, heads, dim, cu_seqlens, max_seqlen);
+  TP_CHECK(tokens.rows <= INT32_MAX / (3 * heads + 1), op, "x must have fewer than 2^31 / (3 * num_heads) tokens, got ",
+           shape_text(x));
+  if (key_bias.has_value()) {
+    check_dim(op, "key_bias", *key_bias, 1, "[T]");
+    check_size(op, "key_bias", *key_bias, 0, tokens.rows);
+  }
+  const int64_t rows = tokens.rows, channels = x.size(x.dim() - 1);
+  const Tensor qkv =
+      packed_linear(x, packed_qkv, 3 * tokens.width, bias_qkv, true, norm_weight, norm_bias, norm_eps, 0, {}, {}, {});
+  const HeadGroups groups =
+      group_heads(op, tokens.part(qkv, 0), tokens.starts, tokens.most, projection, offset, width, scale);
+  const HeadRows keys(tokens, key_bias);
+  const auto all_heads = [&](int64_t place) {  // from the first head of keys (values) on
+    const int64_t count = rows > 0 ? (3 * rows - 2) * heads : 0;
+    return view(qkv, {count, 1, dim}, {dim, dim, 1}, place * tokens.width);
+  };
+  const int64_t found = groups.means.size(0);
+  const Tensor mixed = std::get<0>(sparse_attention(view(groups.means, {found, 1, dim}, {dim, dim, 1}, 0), all_heads(1),
+                                                    all_heads(2), groups.cu_groups, keys.starts, tokens.most,
+                                                    tokens.most, keys.bias, {}, keys.index, scale, false));
+  const Tensor inner = spread_groups(tokens, groups, mixed);
+  Tensor y = packed_linear(inner, packed_proj, channels, bias_proj, false, {}, {}, 0, 0, layer_scale,
+                           view(x, {rows, channels}, {channels, 1}, 0), {});
+  if (tokens.padded) y = view(y, {x.size(0), tokens.most, channels}, {tokens.most * channels, channels, 1}, 0);
+  const int64_t batch = tokens.starts.numel() - 1;
+  const Tensor ids = view(groups.ids, {batch, heads, tokens.most}, {heads * tokens.most, tokens.most, 1}, 0);
+  return {y, ids};
+}
+
 Tensor packed_mlp(const Tensor& x, const Optional& norm_weight, const Optional& norm_bias, double norm_eps,
                   const Tensor& packed_1, const Optional& bias_1, int64_t hidden, int64_t act, const Tensor& packed_2,
                   const Optional& bias_2, const Optional& layer_scale) {
@@ -163,6 +256,7 @@ STABLE_TORCH_LIBRARY_IMPL(tokenprune, CPU, m) {
   m.impl("packed_attention", TORCH_BOX(&packed_attention));
   m.impl("packed_attention_merged", TORCH_BOX(&packed_attention_merged));
   m.impl("packed_attention_sampled", TORCH_BOX(&packed_attention_sampled));
+  m.impl("packed_attention_grouped", TORCH_BOX(&packed_attention_grouped));
   m.impl("packed_mlp", TORCH_BOX(&packed_mlp));
 }
 

@@ -28,6 +28,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tokenprune, m) {
       "Tensor? bias_qkv, Tensor packed_proj, Tensor? bias_proj, Tensor? layer_scale, SymInt num_heads, "
       "SymInt head_dim, Tensor? cu_seqlens, SymInt max_seqlen, Tensor? key_bias, float scale, Tensor initial, "
       "SymInt num_prefix, bool drop) -> (Tensor y, Tensor rows, Tensor source, Tensor cu_seqlens)");
+  // (y, ids): packed_attention of x [B, N, C], or [T, C] with cu_seqlens and max_seqlen, in which the queries of a head
+  // that hash alike (hash_groups, with scale) act as their mean; ids int32 [B, H, N] (max_seqlen when packed).
+  m.def(
+      "packed_attention_grouped(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, Tensor packed_qkv, "
+      "Tensor? bias_qkv, Tensor packed_proj, Tensor? bias_proj, Tensor? layer_scale, SymInt num_heads, "
+      "SymInt head_dim, Tensor? cu_seqlens, SymInt max_seqlen, Tensor? key_bias, float scale, Tensor projection, "
+      "Tensor offset, float width) -> (Tensor y, Tensor ids)");
   // x + layer_scale * (act(LN(x) W1^T + b1) W2^T + b2). x [..., C]; packed_* of pack_linear: [hidden, C] and [C,
   // hidden]; act 0 none, 1 gelu (erf), 2 gelu (tanh), 3 quick gelu.
   m.def(

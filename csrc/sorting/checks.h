@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 
 #include "../common/contents.h"
 #include "params.h"
@@ -206,6 +207,93 @@ struct SequenceCall {
     check_dtype(op, name, t, stat_dtype(like.scalar_type()));
     check_device(op, name, t, like);
     return held.emplace_back(as_contiguous(t)).const_data_ptr();
+  }
+};
+
+struct GroupCall {
+  std::vector<Tensor> held;
+  GroupParams p;
+  Tensor ids, counts;
+  std::vector<int32_t> found;
+
+  // x [R, N, D].
+  GroupCall(const char* op, const Tensor& x, const Tensor& projection, const Tensor& offset, double width, double scale,
+            const std::optional<Tensor>& valid) {
+    check_dim(op, "x", x, 3, "[R, N, D]");
+    p.rows = x.size(0), p.tokens = x.size(1);
+    set(op, x, projection, offset, width, scale);
+    p.sequence_stride = held[0].stride(0), p.token_stride = held[0].stride(1);
+    if (valid.has_value()) {
+      check_dim(op, "valid", *valid, 2, "[R, N]");
+      check_size(op, "valid", *valid, 0, p.rows);
+      check_size(op, "valid", *valid, 1, p.tokens);
+      check_dtype(op, "valid", *valid, ScalarType::Bool);
+      check_device(op, "valid", *valid, x);
+      p.valid = data<bool>(held.emplace_back(as_contiguous(*valid)));
+    }
+  }
+
+  // Every head of x [T, H, D] in sequences.
+  GroupCall(const char* op, const Tensor& x, const Tensor& cu_seqlens, int64_t max_seqlen, const Tensor& projection,
+            const Tensor& offset, double width, double scale) {
+    check_dim(op, "x", x, 3, "[T, H, D]");
+    check_dim(op, "cu_seqlens", cu_seqlens, 1, "[B + 1]");
+    check_dtype(op, "cu_seqlens", cu_seqlens, ScalarType::Int);
+    TP_CHECK(cu_seqlens.numel() >= 1, op, "cu_seqlens must have at least one entry, got ", shape_text(cu_seqlens));
+    p.heads = x.size(1), p.rows = (cu_seqlens.numel() - 1) * p.heads, p.tokens = max_seqlen;
+    set(op, x, projection, offset, width, scale);
+    p.token_stride = held[0].stride(0), p.head_stride = held[0].stride(1);
+    const Tensor& starts = held.emplace_back(as_contiguous(cu_seqlens));
+    check_cu_seqlens(op, "cu_seqlens", starts, x.size(0), max_seqlen, "max_seqlen");
+    p.cu_seqlens = data<int32_t>(starts);
+  }
+
+ private:
+  void set(const char* op, const Tensor& x, const Tensor& projection, const Tensor& offset, double width,
+           double scale) {
+    held.reserve(4);
+    check_floating(op, "x", x);
+    TP_CHECK(p.tokens >= 0 && p.tokens < (int64_t{1} << 31), op, "x must have rows of less than 2^31 tokens, got ",
+             p.tokens);
+    TP_CHECK(width > 0, op, "width must be positive, got ", width);
+    p.x = held.emplace_back(inner_contiguous(x)).const_data_ptr();
+    p.dim = x.size(2), p.width = width, p.scale = scale;
+    const int64_t hashes = check_draws(op, x, projection, offset);
+    p.hashes = (hashes + kPadding - 1) / kPadding * kPadding;
+    p.projection = held.emplace_back(padded(projection, p.dim, hashes)).const_data_ptr();
+    p.offset = held.emplace_back(padded(offset, 1, hashes)).const_data_ptr();
+    ids = allocate(x, {p.rows, p.tokens}, ScalarType::Int), counts = allocate(x, {p.rows, p.tokens}, ScalarType::Int);
+    found.resize(p.rows);
+    p.ids = mutable_data<int32_t>(ids), p.counts = mutable_data<int32_t>(counts), p.found = found.data();
+  }
+
+  static constexpr int64_t kPadding = 16;  // lanes of the widest vector; a hash of zeros adds nothing to a code
+
+  static int64_t check_draws(const char* op, const Tensor& x, const Tensor& projection, const Tensor& offset) {
+    check_dim(op, "projection", projection, 2, "[D, L]");
+    check_size(op, "projection", projection, 0, x.size(2));
+    const int64_t hashes = projection.size(1);
+    TP_CHECK(hashes >= 1 && hashes <= kMaxHashes, op, "projection must hold 1 to ", kMaxHashes, " hashes, got ",
+             hashes);
+    check_dim(op, "offset", offset, 1, "[L]");
+    check_size(op, "offset", offset, 0, hashes);
+    check_dtype(op, "projection", projection, stat_dtype(x.scalar_type()));
+    check_dtype(op, "offset", offset, stat_dtype(x.scalar_type()));
+    check_device(op, "projection", projection, x);
+    check_device(op, "offset", offset, x);
+    return hashes;
+  }
+
+  Tensor padded(const Tensor& t, int64_t rows, int64_t columns) const {
+    const Tensor from = as_contiguous(t);
+    Tensor to = allocate(t, {rows, p.hashes});
+    const int64_t bytes = t.element_size();
+    char* row = static_cast<char*>(to.mutable_data_ptr());
+    std::memset(row, 0, rows * p.hashes * bytes);
+    for (int64_t r = 0; r < rows; ++r, row += p.hashes * bytes) {
+      std::memcpy(row, static_cast<const char*>(from.const_data_ptr()) + r * columns * bytes, columns * bytes);
+    }
+    return to;
   }
 };
 

@@ -127,10 +127,49 @@ std::tuple<Tensor, Tensor, Tensor> sample_tokens(const Tensor& attention, const 
 
 namespace {
 
+void find_groups(GroupParams& p, Dtype dtype) {
+  const SortingKernels& table = kernels(dtype);
+  const int64_t bytes = table.group_scratch(dtype, p);
+  parallel_items(p.rows, p.tokens * (p.dim * p.hashes / 16 + 100),
+                 [&](int64_t row) { table.group(dtype, p, row, thread_scratch(bytes)); });
+}
+
+std::tuple<Tensor, Tensor> hash_groups(const Tensor& x, const Tensor& projection, const Tensor& offset, double width,
+                                       double scale, const Optional& valid) {
+  const char* op = "hash_groups";
+  GroupCall call(op, x, projection, offset, width, scale, valid);
+  find_groups(call.p, kernel_dtype(op, x.scalar_type()));
+  return {call.ids, call.counts};
+}
+
+}  // namespace
+
+HeadGroups group_heads(const char* op, const Tensor& x, const Tensor& cu_seqlens, int64_t max_seqlen,
+                       const Tensor& projection, const Tensor& offset, double width, double scale) {
+  GroupCall call(op, x, cu_seqlens, max_seqlen, projection, offset, width, scale);
+  const GroupParams& p = call.p;
+  const Dtype dtype = kernel_dtype(op, x.scalar_type());
+  find_groups(call.p, dtype);
+  Tensor starts = allocate(x, {p.rows + 1}, ScalarType::Int);
+  int32_t* to = mutable_data<int32_t>(starts);
+  to[0] = 0;
+  for (int64_t r = 0; r < p.rows; ++r) to[r + 1] = to[r] + p.found[r];
+  Tensor means = allocate(x, {to[p.rows], p.dim});
+  const SortingKernels& table = kernels(dtype);
+  const int64_t bytes = table.group_scratch(dtype, p), row_bytes = p.dim * x.element_size();
+  char* out = static_cast<char*>(means.mutable_data_ptr());
+  parallel_items(p.rows, p.tokens * p.dim / 4,
+                 [&](int64_t r) { table.group_means(dtype, p, r, out + to[r] * row_bytes, thread_scratch(bytes)); });
+  return {call.ids, starts, means};
+}
+
+namespace {
+
 STABLE_TORCH_LIBRARY_IMPL(tokenprune, CPU, m) {
   m.impl("argsort_rows", TORCH_BOX(&argsort_rows));
   m.impl("sample_rows", TORCH_BOX(&sample_rows));
   m.impl("sample_tokens", TORCH_BOX(&sample_tokens));
+  m.impl("hash_groups", TORCH_BOX(&hash_groups));
   m.impl("balanced_attention", TORCH_BOX(&balanced_attention));
 }
 

@@ -14,4 +14,12 @@ std::tuple<Tensor, Tensor, Tensor> sample_tokens(const Tensor& attention, const 
                                                  const std::optional<Tensor>& key_bias, int64_t num_prefix, bool padded,
                                                  bool drop);
 
+// Groups of the tokens of every head of every sequence. x [T, H, D]; ids int32 [B * H, max_seqlen]; the means of all
+// groups [G, D], those of each row from cu_groups [B * H + 1] on.
+struct HeadGroups {
+  Tensor ids, cu_groups, means;
+};
+HeadGroups group_heads(const char* op, const Tensor& x, const Tensor& cu_seqlens, int64_t max_seqlen,
+                       const Tensor& projection, const Tensor& offset, double width, double scale);
+
 }  // namespace tokenprune

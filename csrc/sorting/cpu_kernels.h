@@ -17,6 +17,10 @@ struct SortingKernels {
   bool (*attention)(Dtype, const BalancedParams&, int64_t row, char* scratch);
   // Attention received, times the norm of the values, of the tokens [begin, end); stat dtype.
   bool (*significance)(Dtype, const SequenceParams&, int64_t begin, int64_t end, void* scores);
+  // One row: its groups; then their means, [groups, dim].
+  int64_t (*group_scratch)(Dtype, const GroupParams&);
+  bool (*group)(Dtype, const GroupParams&, int64_t row, char* scratch);
+  bool (*group_means)(Dtype, const GroupParams&, int64_t row, void* means, char* scratch);
 };
 
 TP_DECLARE_TABLES(SortingKernels, sorting_kernels)

@@ -55,4 +55,25 @@ struct SequenceParams {             // sequences of tokens that are sampled; [T]
   int64_t batch = 0, points = 0, prefix = 0, max_seqlen = 0;
 };
 
+constexpr int64_t kMaxHashes = 32;  // two bits of a code for each of them
+
+struct GroupParams {        // rows of tokens that hash alike; row r is head r % heads of sequence r / heads
+  const void* x = nullptr;  // unit inner stride
+  int64_t sequence_stride = 0, head_stride = 0, token_stride = 0, heads = 1, dim = 0;
+  const int32_t* cu_seqlens = nullptr;  // [sequences + 1] or null: all sequences have `tokens`, a stride apart
+  int64_t rows = 0, tokens = 0, hashes = 0;
+  const void *projection = nullptr, *offset = nullptr;  // [dim, hashes], [hashes] stat dtype; whole vectors
+  double width = 1, scale = 1;
+  const bool* valid = nullptr;                                  // [rows, tokens] or null
+  int32_t *ids = nullptr, *counts = nullptr, *found = nullptr;  // results: [rows, tokens] twice, groups [rows]
+
+  int64_t length(int64_t row) const {
+    return cu_seqlens == nullptr ? tokens : cu_seqlens[row / heads + 1] - cu_seqlens[row / heads];
+  }
+  int64_t first(int64_t row) const {  // element of x
+    const int64_t b = row / heads;
+    return (cu_seqlens == nullptr ? b * sequence_stride : cu_seqlens[b] * token_stride) + row % heads * head_stride;
+  }
+};
+
 }  // namespace tokenprune

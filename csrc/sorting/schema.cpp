@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Ops on sorted rows: the sort itself, sampling from sorted scores (ATS), and attention in balanced clusters, which are
-// cut from rows sorted by a hash, several times over (rounds; SMYRF).
+// Ops on sorted rows: the sort itself, sampling from sorted scores (ATS), groups of equal hash codes (ACT), and
+// attention in balanced clusters, which are cut from rows sorted by a hash, several times over (rounds; SMYRF).
 #include "../common/check.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tokenprune, m) {
@@ -24,6 +24,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tokenprune, m) {
       "sample_tokens(Tensor attention, Tensor v, Tensor initial, Tensor cu_seqlens, SymInt max_seqlen, "
       "Tensor? key_bias, SymInt num_prefix, bool padded, bool drop) -> "
       "(Tensor rows, Tensor source, Tensor cu_seqlens)");
+  // Tokens of x [R, N, D] by their code: hash l is floor((scale x . projection[:, l] + offset[l]) / width), and their
+  // least ones of the row subtracted, the code is sum_l hash_l 4^l in wrapping 64-bit arithmetic. projection [D, L] and
+  // offset [L] stat dtype, L in 1..32. ids int32 [R, N]: rank of a token's code among its row's, -1 where valid [R, N]
+  // is false; counts int32 [R, N]: tokens of each code, then zeros.
+  m.def(
+      "hash_groups(Tensor x, Tensor projection, Tensor offset, float width, float scale, Tensor? valid) -> "
+      "(Tensor ids, Tensor counts)");
   // q [R, Nq, D] attends to k, v [R, Nk, D] within its cluster of every round; q_order, k_order int32 [rounds, R, N]
   // list every token of a row once. All rounds are one softmax: a key met twice counts twice. per_row: the first
   // q_lengths[R] (k_lengths[R]) entries of each order are cut by themselves, into the fewest clusters that keep to both

@@ -9,7 +9,7 @@ from tokenprune_ext import ops
 from tests.conformance import Conformance, OpSpec, Sample, assert_same, needs_library
 from tests.ops.common import expect
 from tests.ops.test_merge import oracle_whole
-from tests.ops.test_sorting import make_sequences, oracle_tokens
+from tests.ops.test_sorting import make_sequences, oracle_groups, oracle_tokens
 from tests.spec import DTYPES
 
 SCHEMAS = [
@@ -25,6 +25,10 @@ SCHEMAS = [
     "Tensor? bias_qkv, Tensor packed_proj, Tensor? bias_proj, Tensor? layer_scale, SymInt num_heads, SymInt head_dim, "
     "Tensor? cu_seqlens, SymInt max_seqlen, Tensor? key_bias, float scale, Tensor initial, SymInt num_prefix, bool drop) "
     "-> (Tensor y, Tensor rows, Tensor source, Tensor cu_seqlens)",
+    "packed_attention_grouped(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, Tensor packed_qkv, "
+    "Tensor? bias_qkv, Tensor packed_proj, Tensor? bias_proj, Tensor? layer_scale, SymInt num_heads, SymInt head_dim, "
+    "Tensor? cu_seqlens, SymInt max_seqlen, Tensor? key_bias, float scale, Tensor projection, Tensor offset, "
+    "float width) -> (Tensor y, Tensor ids)",
     "packed_mlp(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, Tensor packed_1, Tensor? bias_1, "
     "SymInt hidden, int act, Tensor packed_2, Tensor? bias_2, Tensor? layer_scale) -> Tensor",
 ]
@@ -211,6 +215,82 @@ def oracle_sampled(x, qkv, proj, initial, cu_seqlens=None, key_bias=None, *, hea
     return kept.view(*rows.shape, -1) if padded else kept, rows, source, starts
 
 
+def make_grouped(rng, lengths, heads, dim, channels, hashes, *, width=1.0, **options):
+    made = make_attention(rng, lengths, heads, dim, channels, **options)
+    draws = {"projection": _normal(rng)(dim, hashes), "offset": torch.rand(hashes, generator=rng).double()}
+    sizes = {"heads": heads, "dim": dim, "most": max(lengths, default=0), "width": width}
+    return Sample(made.inputs | draws, sizes)
+
+
+def run_grouped(
+    x,
+    qkv,
+    proj,
+    projection,
+    offset,
+    cu_seqlens=None,
+    key_bias=None,
+    layer_scale=None,
+    *,
+    heads,
+    dim,
+    most,
+    width,
+    **parts,
+):
+    return ops.packed_attention_grouped(
+        x,
+        (ops.pack_linear(qkv), parts.get("bias_qkv")),
+        (ops.pack_linear(proj), parts.get("bias_proj")),
+        projection,
+        offset,
+        norm=(parts.get("norm_weight"), parts.get("norm_bias"), 1e-6),
+        num_heads=heads,
+        head_dim=dim,
+        layer_scale=layer_scale,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=most,
+        key_bias=key_bias,
+        width=width,
+    )
+
+
+def oracle_grouped(
+    x,
+    qkv,
+    proj,
+    projection,
+    offset,
+    norm_weight=None,
+    norm_bias=None,
+    bias_qkv=None,
+    bias_proj=None,
+    layer_scale=None,
+    key_bias=None,
+    cu_seqlens=None,
+    *,
+    heads,
+    dim,
+    most,
+    width,
+):
+    z = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, 1e-6)
+    flat = F.linear(z, qkv, bias_qkv).reshape(-1, 3, heads, dim)
+    lengths = [x.shape[1]] * x.shape[0] if cu_seqlens is None else cu_seqlens.diff().tolist()
+    biases = flat.new_zeros(flat.shape[0]) if key_bias is None else key_bias
+    mixed, found = [], torch.full((len(lengths), heads, x.shape[1] if cu_seqlens is None else most), -1).int()
+    for image, (part, bias) in enumerate(zip(flat.split(lengths), biases.split(lengths), strict=True)):
+        q, k, v = part.permute(1, 2, 0, 3)
+        ids, _ = oracle_groups(q, projection, offset, width=width, scale=dim**-0.5)
+        found[image, :, : ids.shape[1]] = ids
+        alike = (ids[:, :, None] == ids[:, None]).to(q)
+        means = alike @ q / alike.sum(-1, keepdim=True)
+        mixed.append(((means @ k.mT * dim**-0.5 + bias).softmax(-1) @ v).transpose(0, 1))
+    inner = torch.cat([flat[:0, 0], *mixed]).reshape(*x.shape[:-1], heads * dim)
+    y = F.linear(inner, proj, bias_proj)
+    return x + (y if layer_scale is None else y * layer_scale), found
+
+
 def make_mlp(rng, lead, channels, hidden, *, act="gelu", full=False):
     normal = _normal(rng)
     tensors = {
@@ -326,6 +406,46 @@ SPECS = [
         dtypes=(torch.float32, torch.float64),  # in others rounding moves the scores: see below
     ),
     OpSpec(
+        "packed_attention_grouped",
+        run_grouped,
+        oracle_grouped,
+        make_grouped,
+        cases={
+            "padded": {
+                "lengths": [33] * 2,
+                "heads": 3,
+                "dim": 16,
+                "channels": 48,
+                "hashes": 5,
+                "padded": True,
+                "full": True,
+            },
+            "ragged": {"lengths": [5, 0, 70, 1], "heads": 2, "dim": 32, "channels": 40, "hashes": 3, "full": True},
+            "alone": {"lengths": [20], "heads": 2, "dim": 9, "channels": 20, "hashes": 32, "width": 1e-3},
+            "together": {"lengths": [20] * 2, "heads": 2, "dim": 9, "channels": 20, "hashes": 2, "width": 1e6},
+            "one_token": {"lengths": [1], "heads": 1, "dim": 8, "channels": 8, "hashes": 4, "padded": True},
+            "no_tokens": {"lengths": [0, 0], "heads": 2, "dim": 8, "channels": 16, "hashes": 4, "padded": True},
+            "no_images": {"lengths": [], "heads": 2, "dim": 8, "channels": 16, "hashes": 4},
+        },
+        sized=lambda tokens: {
+            "lengths": [tokens, tokens],
+            "heads": 2,
+            "dim": 16,
+            "channels": 32,
+            "hashes": 4,
+            "padded": True,
+        },
+        fuzz={
+            "lengths": [[3], [40, 1], [0, 9, 64], [17] * 5],
+            "heads": (1, 4),
+            "dim": (1, 48),
+            "channels": (1, 70),
+            "hashes": (1, 9),
+            "full": [False, True],
+        },
+        dtypes=(torch.float32, torch.float64),  # in others rounding moves the hashes: see below
+    ),
+    OpSpec(
         "packed_mlp",
         run_mlp,
         oracle_mlp,
@@ -381,6 +501,10 @@ def test_errors_name_op_argument_rule_and_value():
     expect(ValueError, name, "x must have shape", merged, x, qkv, proj, 1, **sizes)
     expect(ValueError, name, "r must be >= 0", merged, x[None], qkv, proj, -1, **sizes)
     expect(TypeError, name, "x must be a float32", merged, x.int(), qkv, proj, 1, **sizes)
+    grouped, name, draws = ops.packed_attention_grouped, "packed_attention_grouped", (torch.rand(4, 3), torch.rand(3))
+    expect(ValueError, name, "x must have shape .* without", grouped, x, qkv, proj, *draws, **sizes)
+    expect(ValueError, name, "offset must have shape", grouped, x[None], qkv, proj, draws[0], draws[0], **sizes)
+    expect(TypeError, name, "x must be a float32", grouped, x.int(), qkv, proj, *draws, **sizes)
     mlp = ops.packed_mlp
     expect(ValueError, "packed_mlp", "act must be one of", mlp, x, qkv, proj, hidden=24, act="relu", **NORM)
     expect(TypeError, "packed_mlp", "x must be a float32", mlp, x.int(), qkv, proj, hidden=24, **NORM)
@@ -565,6 +689,104 @@ def test_direct_calls_of_sampled_attention_are_checked():
         ({"x": x[0], "cu": cu[None], "most": 3}, "cu_seqlens must have shape"),
         ({"initial": initial.float()}, "initial must be bool"),
         ({"prefix": 4, "initial": torch.ones(1, 9) > 0}, "num_prefix must be at most every sequence length"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            call(**wrong)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ["padded", "ragged", "alone", "together"])
+def test_grouped_attention_is_its_parts_one_by_one(case, dtype):
+    grouped = next(spec for spec in SPECS if spec.name == "packed_attention_grouped")
+    made = grouped.sample(**grouped.cases[case])
+    inputs, o = grouped.cast(made, dtype), made.options
+    x, heads, dim, draws = inputs["x"], o["heads"], o["dim"], (inputs["projection"], inputs["offset"])
+    draws = [t.to(torch.float64 if dtype == torch.float64 else torch.float32) for t in draws]
+    inputs["projection"], inputs["offset"] = draws
+    lengths = grouped.cases[case]["lengths"]
+    rows, norm = x.flatten(0, -2), (inputs.get("norm_weight"), inputs.get("norm_bias"), 1e-6)
+    weights = [ops.pack_linear(inputs[name]) for name in ("qkv", "proj")]
+    wide = ops.packed_linear(rows, weights[0], 3 * heads * dim, inputs.get("bias_qkv"), norm=norm)
+    q, k, v = wide.view(-1, 3, heads, dim).unbind(1)
+    bias = inputs.get("key_bias", torch.zeros(len(rows), dtype=draws[0].dtype))
+    mixed, found = torch.zeros_like(q), torch.full((len(lengths), heads, max(lengths)), -1, dtype=torch.int32)
+    for image, end in enumerate(torch.tensor(lengths).cumsum(0).tolist()):
+        own, n = slice(end - lengths[image], end), lengths[image]
+        if n == 0:
+            continue
+        ids, counts = ops.hash_groups(q[own].transpose(0, 1), *draws, width=o["width"], scale=dim**-0.5)
+        found[image, :, :n] = ids
+        for h in range(heads):
+            slots = int((counts[h] > 0).sum())
+            parent = ids[h : h + 1]
+            matching = ops.Matching(parent, parent, parent, parent, slots)
+            means, _ = ops.merge_tokens(q[None, own, h].contiguous(), matching)
+            ends = {"cu_seqlens_q": [0, slots], "cu_seqlens_k": [0, n]}
+            ends = {name: torch.tensor(cu, dtype=torch.int32) for name, cu in ends.items()}
+            out, _ = ops.sparse_attention(
+                means[0, :, None],
+                k[own, h : h + 1],
+                v[own, h : h + 1],
+                **ends,
+                max_seqlen_q=slots,
+                max_seqlen_k=n,
+                key_bias=bias[own].to(draws[0].dtype),
+            )
+            mixed[own, h] = out[ids[h].long(), 0]
+    y = ops.packed_linear(
+        mixed.flatten(1),
+        weights[1],
+        x.shape[-1],
+        inputs.get("bias_proj"),
+        scale=inputs.get("layer_scale"),
+        residual=rows,
+    )
+    assert_same(run_grouped(**inputs, **o), (y.view(x.shape), found))
+
+
+@needs_library
+def test_flops_of_grouped_attention_are_those_of_its_groups():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for case in ("padded", "ragged"):
+        grouped = next(spec for spec in SPECS if spec.name == "packed_attention_grouped")
+        made = grouped.sample(**grouped.cases[case])
+        inputs, heads, dim = grouped.cast(made, torch.float32), made.options["heads"], made.options["dim"]
+        with FlopCounterMode(display=False) as counter:
+            y, ids = run_grouped(**inputs, **made.options)
+        lengths, hashes = grouped.cases[case]["lengths"], grouped.cases[case]["hashes"]
+        pairs = sum(n * int(ids[i].amax(-1).add(1).sum()) for i, n in enumerate(lengths))
+        assert pairs < heads * sum(n * n for n in lengths)
+        linear = 8 * heads * dim * y.numel() + 2 * sum(lengths) * heads * dim * hashes
+        assert counter.get_total_flops() == linear + 4 * dim * pairs
+
+
+@needs_library
+def test_direct_calls_of_grouped_attention_are_checked():
+    (qkv, _), (proj, _) = _weights()
+    x, cu = torch.randn(1, 3, 8), torch.tensor([0, 3], dtype=torch.int32)
+    projection, offset = torch.randn(4, 5), torch.rand(5)
+
+    def call(x=x, heads=2, cu=None, most=0, bias=None, projection=projection, offset=offset, width=8.0):
+        parts = None, None, 1e-6, qkv, None, proj, None, None, heads, 4
+        return torch.ops.tokenprune.packed_attention_grouped(x, *parts, cu, most, bias, 0.5, projection, offset, width)
+
+    assert torch.equal(call()[0][0], call(x[0], cu=cu, most=3)[0])
+    for wrong, message in [
+        ({"heads": -1}, "num_heads must be in"),
+        ({"heads": 3}, "packed must hold a float32 weight"),
+        ({"x": x[0]}, r"x must have shape \[B, N, C\]"),
+        ({"x": x[0], "cu": cu[:0], "most": 3}, "cu_seqlens must have at least one entry"),
+        ({"x": x[0], "cu": cu.long(), "most": 3}, "cu_seqlens must be int32"),
+        ({"x": x[0], "cu": cu[None], "most": 3}, "cu_seqlens must have shape"),
+        ({"x": x[0], "cu": cu, "most": 2}, "max_seqlen must be at least"),
+        ({"x": x[0], "cu": cu + 1, "most": 4}, "cu_seqlens must start at 0"),
+        ({"bias": torch.zeros(4)}, "key_bias must have size 3"),
+        ({"bias": torch.zeros(3).half()}, "key_bias must be float32"),
+        ({"projection": torch.randn(5, 5)}, "projection must have size 4"),
+        ({"offset": torch.rand(4)}, "offset must have size 5"),
+        ({"width": 0.0}, "width must be positive"),
     ]:
         with pytest.raises(RuntimeError, match=message):
             call(**wrong)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sorting of rows, sampling from sorted scores, and attention in balanced clusters."""
+"""Sorting of rows, sampling from sorted scores, groups of equal hashes, and attention in balanced clusters."""
 
 import math
 
 import pytest
 import torch
 from tokenprune_ext import ops
-from tokenprune_ext.ops.sorting import _composite, _reference_sample, _reference_tokens
+from tokenprune_ext.ops.sorting import _composite, _reference_groups, _reference_sample, _reference_tokens
 
 from tests.conformance import Conformance, OpSpec, Sample, needs_library
 from tests.ops.common import expect, ints
@@ -18,6 +18,8 @@ SCHEMAS = [
     "-> (Tensor cdf, Tensor grid, Tensor pick, Tensor kept, Tensor rows)",
     "sample_tokens(Tensor attention, Tensor v, Tensor initial, Tensor cu_seqlens, SymInt max_seqlen, Tensor? key_bias, "
     "SymInt num_prefix, bool padded, bool drop) -> (Tensor rows, Tensor source, Tensor cu_seqlens)",
+    "hash_groups(Tensor x, Tensor projection, Tensor offset, float width, float scale, Tensor? valid) -> "
+    "(Tensor ids, Tensor counts)",
     "balanced_attention(Tensor q, Tensor k, Tensor v, Tensor q_order, Tensor k_order, Tensor? q_lengths, "
     "Tensor? k_lengths, Tensor? key_bias, SymInt q_size, SymInt k_size, bool per_row, float scale) -> "
     "(Tensor out, Tensor lse)",
@@ -261,6 +263,64 @@ def test_sequences_without_a_distribution_keep_all(bad, device):
     assert starts.tolist() == [0, 5, len(source)] and len(source) < 9
 
 
+# ---------------------------------------------------------------- groups of equal hashes
+
+
+def make_hashed(rng, rows, tokens, dim, hashes, spread=3, width=8.0, scale=1.0, masked=False):
+    """Numbers with few binary digits: every sum is exact, whatever its order."""
+
+    def whole(most, *shape):
+        return torch.randint(-most, most + 1, shape, generator=rng).double()
+
+    draws = {"projection": whole(4, dim, hashes) / 2, "offset": (whole(4, hashes) + 4) / 16}
+    inputs = {"x": whole(spread, rows, tokens, dim), **draws}
+    if masked:
+        inputs["valid"] = torch.rand(rows, tokens, generator=rng) < 0.7
+    return Sample(inputs, {"width": width, "scale": scale})
+
+
+def oracle_groups(x, projection, offset, valid=None, *, width, scale):
+    rows, tokens = x.shape[:2]
+    hashes = torch.floor((x.double() * scale @ projection.double() + offset.double()) / width).long().tolist()
+    valid = [[True] * tokens] * rows if valid is None else valid.tolist()
+    ids, counts = torch.full((rows, tokens), -1), torch.zeros(rows, tokens, dtype=torch.long)
+    for r in range(rows):
+        real = [n for n in range(tokens) if valid[r][n]]
+        least = [min(column) for column in zip(*(hashes[r][n] for n in real))]
+        codes = {n: sum((h - low) << 2 * i for i, (h, low) in enumerate(zip(hashes[r][n], least))) for n in real}
+        codes = {n: (code + 2**63) % 2**64 - 2**63 for n, code in codes.items()}
+        ranks = {code: rank for rank, code in enumerate(sorted(set(codes.values())))}
+        for n in real:
+            ids[r, n] = ranks[codes[n]]
+            counts[r, ranks[codes[n]]] += 1
+    return ids.to(torch.int32), counts.to(torch.int32)
+
+
+HASHED = {
+    "few": {"rows": 3, "tokens": 61, "dim": 16, "hashes": 3},
+    "published": {"rows": 6, "tokens": 197, "dim": 64, "hashes": 32, "spread": 1, "scale": 0.125},
+    "wrapping": {"rows": 2, "tokens": 130, "dim": 24, "hashes": 31, "spread": 40, "width": 0.5},
+    "seventeen": {"rows": 2, "tokens": 50, "dim": 9, "hashes": 17, "width": 32.0, "masked": True},
+    "masked": {"rows": 4, "tokens": 33, "dim": 8, "hashes": 2, "masked": True},
+    "alike": {"rows": 2, "tokens": 20, "dim": 8, "hashes": 4, "spread": 0},
+    "one": {"rows": 1, "tokens": 1, "dim": 1, "hashes": 1},
+    "no_channels": {"rows": 2, "tokens": 5, "dim": 0, "hashes": 3},
+    "no_tokens": {"rows": 2, "tokens": 0, "dim": 4, "hashes": 3},
+    "no_rows": {"rows": 0, "tokens": 5, "dim": 4, "hashes": 3},
+}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30])
+def test_hashes_beyond_64_bits_are_those_of_the_reference(bad, device):
+    inputs = make_hashed(torch.Generator().manual_seed(3), 3, 40, 8, 5).inputs
+    x = inputs["x"].float().to(device)
+    x[0, 7, 2], x[1] = bad, bad
+    draws = inputs["projection"].float().to(device), inputs["offset"].float().to(device)
+    ids, counts = ops.hash_groups(x, *draws)
+    expected = _reference_groups(x, *draws, 8.0, 1.0, None)
+    assert torch.equal(ids, expected[0]) and torch.equal(counts, expected[1])
+
+
 # ---------------------------------------------------------------- attention
 
 
@@ -424,6 +484,23 @@ SPECS = [
         )
         for name, layout in (("packed", {}), ("padded", {"padded": True}), ("fixed", {"padded": True, "fixed": True}))
     ),
+    OpSpec(
+        "hash_groups",
+        ops.hash_groups,
+        oracle_groups,
+        make_hashed,
+        HASHED,
+        lambda n: {"rows": 2, "tokens": n, "dim": 16, "hashes": 4, "masked": True},
+        {
+            "rows": (0, 3),
+            "tokens": (0, 60),
+            "dim": (0, 20),
+            "hashes": (1, 32),
+            "spread": (0, 9),
+            "masked": [False, True],
+        },
+        stats=frozenset({"projection", "offset"}),
+    ),
     spec("balanced_attention", ROWS, ("q", "k", "v"), sized(), SMALL, FUZZ),
     spec(
         "balanced_attention_ragged",
@@ -584,6 +661,50 @@ def test_direct_calls_with_sequences_are_checked():
         ({"initial": torch.ones(2, 6)}, "initial must be bool"),
         ({"initial": torch.ones(2, 0) > 0}, r"initial must have the prefix \(1\)"),
         ({"prefix": -1}, "num_prefix must be >= 0"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            call(**wrong)
+
+
+HASHED_ROWS = {"x": torch.rand(2, 5, 3), "projection": torch.rand(3, 4), "offset": torch.rand(4)}
+WRONG_HASHES = [
+    ({"x": torch.ones(2, 5, 3).long()}, TypeError, "x must be a float32"),
+    ({"x": torch.rand(5, 3)}, ValueError, r"x must have shape \[R, N, D\]"),
+    ({"projection": torch.rand(4, 4)}, ValueError, r"projection must have shape \[3, L\], got \(4, 4\)"),
+    ({"projection": torch.rand(3, 33)}, ValueError, "projection must hold 1 to 32 hashes, got 33"),
+    ({"projection": torch.rand(3, 4).double()}, TypeError, "projection must be torch.float32"),
+    ({"offset": torch.rand(5)}, ValueError, r"offset must have shape \[4\], got \(5,\)"),
+    ({"offset": torch.rand(4).half()}, TypeError, "offset must be torch.float32"),
+    ({"width": 0.0}, ValueError, "width must be positive, got 0.0"),
+    ({"width": math.nan}, ValueError, "width must be positive"),
+    ({"valid": torch.ones(2, 5)}, TypeError, "valid must be bool"),
+    ({"valid": torch.ones(2, 4) > 0}, ValueError, r"valid must have shape \[2, 5\]"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), WRONG_HASHES)
+def test_wrong_hashes(change, error, message):
+    expect(error, "hash_groups", message, ops.hash_groups, **{**HASHED_ROWS, **change})
+
+
+@needs_library
+def test_direct_calls_with_hashes_are_checked():
+    def call(x=HASHED_ROWS["x"], projection=HASHED_ROWS["projection"], offset=HASHED_ROWS["offset"], **rest):
+        return torch.ops.tokenprune.hash_groups(
+            x, projection, offset, rest.get("width", 8.0), rest.get("scale", 1.0), rest.get("valid")
+        )
+
+    assert call()[0].shape == (2, 5)
+    for wrong, message in [
+        ({"x": torch.rand(5, 3)}, "x must have shape"),
+        ({"x": torch.ones(2, 5, 3).int()}, "x must be"),
+        ({"projection": torch.rand(2, 4)}, "projection must have size 3"),
+        ({"projection": torch.rand(3, 4).double()}, "projection must be float32"),
+        ({"projection": torch.rand(3, 33), "offset": torch.rand(33)}, "projection must hold 1 to 32 hashes, got 33"),
+        ({"offset": torch.rand(3)}, "offset must have size 4"),
+        ({"width": -1.0}, "width must be positive, got -1"),
+        ({"valid": torch.ones(2, 4) > 0}, "valid must have size 5"),
+        ({"valid": torch.ones(2, 5)}, "valid must be bool"),
     ]:
         with pytest.raises(RuntimeError, match=message):
             call(**wrong)

@@ -286,8 +286,8 @@ def test_compiled_training_step(options):
     [
         ({"projection": draw(8, 33), "offset": draw(33)}, ValueError, "projection must hold 1 to 32 hashes, got 33"),
         ({"projection": draw(8, 0), "offset": draw(0)}, ValueError, "projection must hold 1 to 32 hashes"),
-        ({"projection": draw(7, 4)}, ValueError, r"projection must have shape \[D, L\] = \[8, 4\]"),
-        ({"offset": draw(5)}, ValueError, r"offset must have shape \[L\] = \[4\]"),
+        ({"projection": draw(7, 4)}, ValueError, r"projection must have shape \[8, L\], got \(7, 4\)"),
+        ({"offset": draw(5)}, ValueError, r"offset must have shape \[4\], got \(5,\)"),
         ({"projection": torch.ones(8, 4, dtype=torch.int64)}, TypeError, "projection must be a floating"),
         ({"width": 0.0}, ValueError, "width must be positive, got 0.0"),
         ({"width": math.nan}, ValueError, "width must be positive"),

@@ -276,6 +276,16 @@ class AttentionBranch:
             drop,
         )
 
+    def add_grouped(
+        self, x: Tensor, state: TokenState, projection: Tensor, offset: Tensor, width: float
+    ) -> tuple | None:
+        """``ops.packed_attention_grouped``, or None where a part stands in the way."""
+        parts = self._at_once(x)
+        if parts is None:
+            return None
+        tail = state.cu_seqlens, state.max_seqlen, _flat_bias(x, state), self.logit_scale, projection, offset, width
+        return call("packed_attention_grouped", x.device, x, *parts, *tail)
+
     def _at_once(self, x):
         """What ops that do it all in one call take behind the tokens, or None where a part stands in the way."""
         extra = self._rotary is not None or self._pair_bias is not None or self._gate is not None

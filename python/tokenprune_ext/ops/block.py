@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two halves of a pre-norm transformer block, each in one call, from packed weights: inference on the CPU.
-The attention half also with what ToMe and ATS do behind it.
+The attention half also with what ToMe, ATS and ACT do in it.
 
 The same kernels as :func:`packed_linear` and :func:`sparse_attention`, without the way back to Python in between, which
 small models at batch 1 feel.
@@ -13,7 +13,13 @@ from . import attention, merge, packed, sorting
 from ._register import call, check, check_floating, check_index, default_scale, register, stat_dtype
 from .tokens import TokenIndex, gather_tokens
 
-__all__ = ["packed_attention", "packed_attention_merged", "packed_attention_sampled", "packed_mlp"]
+__all__ = [
+    "packed_attention",
+    "packed_attention_grouped",
+    "packed_attention_merged",
+    "packed_attention_sampled",
+    "packed_mlp",
+]
 
 
 # ---------------------------------------------------------------- public functions
@@ -159,6 +165,48 @@ def packed_attention_sampled(
     return call(op, x.device, x, *norm, *qkv, *proj, layer_scale, *tail)
 
 
+def packed_attention_grouped(
+    x: Tensor,
+    qkv: tuple[Tensor, Tensor | None],
+    proj: tuple[Tensor, Tensor | None],
+    projection: Tensor,
+    offset: Tensor,
+    *,
+    norm: tuple[Tensor | None, Tensor | None, float],
+    num_heads: int,
+    head_dim: int,
+    layer_scale: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int = 0,
+    key_bias: Tensor | None = None,
+    scale: float | None = None,
+    width: float = 8.0,
+) -> tuple[Tensor, Tensor]:
+    """:func:`packed_attention` in which the queries of a head that hash alike act as their mean.
+
+    Args:
+        x, qkv, proj, norm, num_heads, head_dim, layer_scale, cu_seqlens, max_seqlen, key_bias, scale: as in
+            :func:`packed_attention`.
+        projection, offset, width: as in :func:`hash_groups`, of the queries times ``scale``.
+
+    Returns:
+        ``(y, ids)``: tokens shaped as x, and the groups int32 ``[B, H, N]`` (``[B, H, max_seqlen]`` when packed).
+
+    Raises:
+        As :func:`packed_attention` and :func:`hash_groups`.
+    """
+    op = "packed_attention_grouped"
+    check_floating(op, x=x)
+    packed.check_on_cpu(op, "x", x)
+    cu_seqlens = _check_tokens(op, x, cu_seqlens)
+    sorting.check_draws(op, projection, offset, x, head_dim, width)
+    if key_bias is not None:
+        key_bias = key_bias.to(stat_dtype(x.dtype))
+    scale = default_scale(head_dim) if scale is None else scale
+    tail = num_heads, head_dim, cu_seqlens, max_seqlen, key_bias, scale, projection, offset, float(width)
+    return call(op, x.device, x, *norm, *qkv, *proj, layer_scale, *tail)
+
+
 def packed_mlp(
     x: Tensor,
     first: tuple[Tensor, Tensor | None],
@@ -263,6 +311,12 @@ def _fake_sampled(
     return x.new_empty(*(rows.shape if padded else source.shape), x.shape[-1]), rows, source, starts
 
 
+def _fake_grouped(x, norm_weight, norm_bias, eps, qkv, b, proj, d, layer_scale, heads, dim, cu, most, *args):
+    batch, most = x.shape[:2] if cu is None else (cu.shape[0] - 1, most)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, x.new_empty(batch, heads, most, dtype=torch.int32)
+
+
 def _fake_mlp(x, *args):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -325,6 +379,36 @@ def _flops_sampled(
         for rows, own in ((source, starts), (first[1:], first))
     )
     return 2 * heads * dim * (3 * x.numel() + source.numel() * x.shape[-1] + 2 * pairs)
+
+
+def _flops_grouped(
+    x,
+    norm_weight,
+    norm_bias,
+    eps,
+    qkv,
+    b,
+    proj,
+    d,
+    layer_scale,
+    heads,
+    dim,
+    cu,
+    most,
+    bias,
+    scale,
+    projection,
+    *args,
+    out_val=None,
+    **kwargs,
+):
+    """Every token a group of its own where the groups cannot be read."""
+    ids, width = out_val[1].flatten(0, 1), heads * dim
+    rows = x.numel() // max(x.shape[-1], 1)
+    pairs = rows * heads * ids.shape[1]
+    if ids.device.type == "cpu" and not isinstance(ids, torch._subclasses.FakeTensor) and pairs > 0:
+        pairs = int(((ids >= 0).sum(1) * (ids.amax(1) + 1)).sum())
+    return 8 * x.numel() * width + 2 * rows * width * projection.shape[1] + 4 * dim * pairs
 
 
 def _flops_mlp(x, norm_weight, norm_bias, eps, first, bias_1, hidden, *args, out_val=None, **kwargs):
@@ -391,6 +475,51 @@ def _reference_sampled(
     return y.view(*rows.shape, x.shape[1]) if padded else y, rows, source, starts
 
 
+def _reference_grouped(
+    x,
+    norm_weight,
+    norm_bias,
+    eps,
+    qkv,
+    b,
+    proj,
+    d,
+    layer_scale,
+    heads,
+    dim,
+    cu,
+    most,
+    bias,
+    scale,
+    projection,
+    offset,
+    bucket,
+):
+    linear, padded = packed._reference_linear, cu is None
+    if padded:
+        most = x.shape[1]
+        cu = torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device) * most
+    wide = linear(x, qkv, 3 * heads * dim, b, True, norm_weight, norm_bias, eps, 0, None, None, None)
+    q, k, v = wide.reshape(-1, 3, heads, dim).permute(1, 2, 0, 3)
+    mixed = torch.zeros_like(q)  # [H, T, D]
+    all_ids = torch.full((cu.shape[0] - 1, heads, most), -1, dtype=torch.int32, device=x.device)
+    for image, (begin, end) in enumerate(zip(cu[:-1].tolist(), cu[1:].tolist())):
+        if begin == end:
+            continue
+        own = slice(begin, end)
+        ids, counts = sorting._reference_groups(q[:, own], projection, offset, bucket, scale, None)
+        all_ids[image, :, : end - begin] = ids
+        place = ids.long()[..., None].expand(-1, -1, dim)
+        stat = projection.dtype
+        means = torch.zeros_like(place, dtype=stat).scatter_add(1, place, q[:, own].to(stat))
+        means = (means / counts.clamp(min=1)[..., None]).to(x.dtype).to(stat)
+        logits = means @ k[:, own].to(stat).mT * scale + (0 if bias is None else bias[own])
+        mixed[:, own] = (logits.softmax(-1) @ v[:, own].to(stat)).to(x.dtype).gather(1, place)
+    inner = mixed.transpose(0, 1).reshape(*x.shape[:-1], heads * dim)
+    y = linear(inner, proj, x.shape[-1], d, False, None, None, 0.0, 0, layer_scale, x, None)
+    return y, all_ids
+
+
 def _reference_mlp(x, norm_weight, norm_bias, eps, first, bias_1, hidden, act, second, bias_2, layer_scale):
     linear = packed._reference_linear
     h = linear(x, first, hidden, bias_1, True, norm_weight, norm_bias, eps, act, None, None, None)
@@ -399,5 +528,6 @@ def _reference_mlp(x, norm_weight, norm_bias, eps, first, bias_1, hidden, act, s
 
 register("packed_attention", fake=_fake_attention, reference=_reference_attention, flops=_flops_attention)
 register("packed_attention_sampled", fake=_fake_sampled, reference=_reference_sampled, flops=_flops_sampled)
+register("packed_attention_grouped", fake=_fake_grouped, reference=_reference_grouped, flops=_flops_grouped)
 register("packed_attention_merged", fake=_fake_merged, reference=_reference_merged, flops=_flops_merged)
 register("packed_mlp", fake=_fake_mlp, reference=_reference_mlp, flops=_flops_mlp)

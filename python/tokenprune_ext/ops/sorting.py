@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ops on sorted rows: the sort itself, sampling from sorted scores, and attention in balanced clusters.
+"""Ops on sorted rows: the sort itself, sampling from sorted scores, groups of equal hashes, attention in balanced clusters.
 
-Inverse transform sampling is from ATS (arXiv 2111.15667). Balanced clusters are cut from rows sorted by a hash, from SMYRF
-(arXiv 2010.05315); where a query is clustered several times, all its clusters are one softmax: the same as merging them by
+Inverse transform sampling is from ATS (arXiv 2111.15667), groups of equal hash codes from ACT (arXiv 2011.09315). Balanced
+clusters are cut from rows sorted by a hash, from SMYRF (arXiv 2010.05315); where a query is clustered several times, all its clusters are one softmax: the same as merging them by
 their log-sum-exp.
 """
 
@@ -17,7 +17,9 @@ from .attention import sparse_attention
 from .merge import Matching, merge_tokens
 from .tokens import select_tokens
 
-__all__ = ["argsort_rows", "balanced_attention", "sample_rows", "sample_tokens"]
+__all__ = ["argsort_rows", "balanced_attention", "hash_groups", "sample_rows", "sample_tokens"]
+
+MAX_HASHES = 32  # two bits of a 64-bit code for each of them
 
 
 # ---------------------------------------------------------------- public functions
@@ -174,6 +176,99 @@ def place_samples(
         rows = rows.index_select(1, (rows >= 0).any(0).nonzero()[:, 0])  # everywhere the kept rows come first
     source = torch.where(rows < 0, -1, rows + starts).flatten()
     return rows, source, torch.arange(batch + 1, dtype=torch.int32, device=rows.device) * rows.shape[1]
+
+
+def hash_groups(
+    x: Tensor,
+    projection: Tensor,
+    offset: Tensor,
+    *,
+    width: float = 8.0,
+    scale: float = 1.0,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Groups of the tokens of every row that have equal hash codes (:func:`hash_codes`, :func:`code_groups`) in one go.
+
+    Args:
+        x: ``[R, N, D]``. Row and token strides are free.
+        projection, offset: ``[D, L]`` and ``[L]``, float32 (float64 for a float64 x), L in 1..32.
+        width: of the hash buckets.
+        scale: factor of x.
+        valid: bool ``[R, N]``, slots that hold tokens (default all).
+
+    Returns:
+        ``ids`` int32 ``[R, N]``, the rank of a token's code among its row's, -1 = no token; ``counts`` int32 ``[R, N]``,
+        members of each group, then zeros. Without gradients.
+
+    Raises:
+        ValueError, TypeError: wrong shape, dtype or device, no or too many hashes, or a width that is not positive.
+    """
+    op = "hash_groups"
+    check_hashes(op, x, projection, offset, width)
+    x, projection, offset = x.detach(), projection.detach(), offset.detach()
+    if valid is not None:
+        check(valid.dtype == torch.bool, op, "valid", "be bool", valid.dtype, error=TypeError)
+        check(valid.shape == x.shape[:2], op, "valid", "have shape {}", tuple(valid.shape), list(x.shape[:2]))
+        check(valid.device == x.device, op, "valid", "be on {}", valid.device, x.device)
+    arguments = x, projection, offset, float(width), float(scale), valid
+    return _reference_groups(*arguments) if x.device.type == "cuda" else call(op, x.device, *arguments)
+
+
+def check_hashes(op: str, x: Tensor, projection: Tensor, offset: Tensor, width: float) -> None:
+    """The rules of tokens ``[R, N, D]`` and the draws that hash them."""
+    check_floating(op, x=x)
+    check(x.dim() == 3, op, "x", "have shape [R, N, D]", tuple(x.shape))
+    check_draws(op, projection, offset, x, x.shape[2], width)
+
+
+def check_draws(op: str, projection: Tensor, offset: Tensor, x: Tensor, dim: int, width: float) -> None:
+    """The rules of the draws that hash tokens of ``dim`` channels with the dtype and device of ``x``."""
+    stat = stat_dtype(x.dtype)
+    for name, draw in (("projection", projection), ("offset", offset)):
+        check(draw.dtype == stat, op, name, "be {}", draw.dtype, stat, error=TypeError)
+        check(draw.device == x.device, op, name, "be on {}", draw.device, x.device)
+    fits = projection.dim() == 2 and projection.shape[0] == dim
+    check(fits, op, "projection", "have shape [{}, L]", tuple(projection.shape), dim)
+    hashes = projection.shape[1]
+    check(1 <= hashes <= MAX_HASHES, op, "projection", "hold 1 to {} hashes", hashes, MAX_HASHES)
+    check(tuple(offset.shape) == (hashes,), op, "offset", "have shape [{}]", tuple(offset.shape), hashes)
+    check(width > 0, op, "width", "be positive", width)
+
+
+def hash_codes(
+    x: Tensor, projection: Tensor, offset: Tensor, width: float, scale: float = 1.0, valid: Tensor | None = None
+) -> Tensor:
+    """int64 ``[R, N]``: ``sum_l h_l 4^l``, ``h_l = floor((scale x w_l + b_l) / width)`` less the row's least, wrapping."""
+    if x.shape[1] == 0:
+        return x.new_zeros(x.shape[:2], dtype=torch.int64)
+    # Large temporaries are what costs here: the floats are rounded in place, and the least hashes of a row, which only
+    # shift the sum, are subtracted from the codes.
+    shifts = torch.arange(0, 2 * projection.shape[1], 2, device=x.device)
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        x = x.to(projection.dtype)
+        h = (x if scale == 1 else x * scale) @ projection
+        h = h.add_(offset).div_(width).floor_()
+        least = (h if valid is None else torch.where(valid[..., None], h, math.inf)).amin(1, keepdim=True)
+        least = torch.where(least.isfinite(), least, 0)
+        return _code(h, shifts) - _code(least, shifts)
+
+
+def _code(h, shifts):
+    return h.to(torch.int64).bitwise_left_shift_(shifts).sum(-1)
+
+
+def code_groups(codes: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Tokens with equal int64 ``codes [R, N]``, row by row: ids and counts, as of :func:`hash_groups`."""
+    if codes.shape[1] == 0:
+        return codes.to(torch.int32), codes.to(torch.int32)
+    if valid is not None:  # a slot without a token repeats a code of its row: no group comes from it
+        codes = torch.where(valid, codes, codes.gather(1, valid.int().argmax(1, keepdim=True)))
+    ordered, order = codes.sort(dim=1)
+    rank = F.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0)).cumsum(1, dtype=torch.int32)
+    ids = torch.empty_like(rank).scatter(1, order, rank)
+    member = torch.ones_like(ids) if valid is None else valid.to(torch.int32)
+    counts = torch.zeros_like(ids).scatter_add(1, ids.long(), member)
+    return ids if valid is None else torch.where(valid, ids, -1), counts
 
 
 def balanced_attention(
@@ -341,6 +436,10 @@ def _fake_tokens(attention, v, initial, cu_seqlens, max_seqlen, key_bias, num_pr
     return tuple(v.new_empty(size, dtype=torch.int32) for size in ((batch, columns), (total,), (batch + 1,)))
 
 
+def _fake_groups(x, projection, offset, width, scale, valid):
+    return tuple(x.new_empty(x.shape[:2], dtype=torch.int32) for _ in range(2))
+
+
 def _fake_balanced(q, k, v, q_order, k_order, q_lengths, k_lengths, key_bias, q_size, k_size, per_row, scale):
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=stat_dtype(q.dtype))
 
@@ -424,6 +523,10 @@ def _pairs(nq, nk, q_size, k_size):
 
 
 # ---------------------------------------------------------------- reference; serves CUDA, too
+
+
+def _reference_groups(x, projection, offset, width, scale, valid):
+    return code_groups(hash_codes(x, projection, offset, width, scale, valid), valid)
 
 
 def _reference_argsort(x):
@@ -526,6 +629,12 @@ def _composite(q, k, v, q_order, k_order, q_lengths, k_lengths, key_bias, q_size
 register("argsort_rows", fake=lambda x: x.new_empty(x.shape, dtype=torch.int32), reference=_reference_argsort)
 register("sample_rows", fake=_fake_sample, reference=_reference_sample)
 register("sample_tokens", fake=_fake_tokens, reference=_reference_tokens)
+register(
+    "hash_groups",
+    fake=_fake_groups,
+    reference=_reference_groups,
+    flops=lambda x, projection, *args, out_val=None, **kwargs: 2 * x.numel() * projection.shape[1],
+)
 register(
     "balanced_attention",
     fake=_fake_balanced,

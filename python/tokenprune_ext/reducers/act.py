@@ -7,7 +7,6 @@ its size. The number of groups depends on the data and is never read back: there
 that no group fills belong to no sequence.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -15,14 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..nn import TokenState
-from ..ops import Matching, gather_tokens, merge_tokens, scatter_tokens, select_tokens, sparse_attention
+from ..ops import Matching, gather_tokens, hash_groups, merge_tokens, scatter_tokens, select_tokens, sparse_attention
 from ..ops._register import check, check_floating, stat_dtype
+from ..ops.sorting import MAX_HASHES, check_draws, code_groups, hash_codes
 from ._base import Reducer, register
 from ._heads import head_bias, head_rows, real_tokens, token_rows
 
 __all__ = ["ACT", "Groups", "act_attention", "act_broadcast", "act_codes", "act_groups", "act_weighted_sum"]
-
-MAX_HASHES = 32  # two bits of a code for each of them
 
 
 class Groups(NamedTuple):
@@ -61,27 +59,18 @@ def act_codes(
     op = "act_codes"
     check_floating(op, x=x)
     check(x.dim() == 3, op, "x", "have shape [R, N, D]", tuple(x.shape))
-    hashes = projection.shape[-1]
-    check(1 <= hashes <= MAX_HASHES, op, "projection", "hold 1 to {} hashes", hashes, MAX_HASHES)
-    _check_draw(op, "projection", projection, x, x.shape[2] * hashes, "[D, L] = [{}, {}]", x.shape[2], hashes)
-    _check_draw(op, "offset", offset, x, hashes, "[L] = [{}]", hashes)
-    check(width > 0, op, "width", "be positive", width)
-    if x.shape[1] == 0:
-        return x.new_zeros(x.shape[:2], dtype=torch.int64)
-    stat = stat_dtype(x.dtype)
-    # Large temporaries are what costs here: the floats are rounded in place, and the least hashes of a row, which only
-    # shift the sum, are subtracted from the codes.
-    shifts = torch.arange(0, 2 * hashes, 2, device=x.device)
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        h = x.to(stat) @ projection.to(stat).reshape(x.shape[2], hashes)
-        h = h.add_(offset.to(stat).reshape(hashes)).div_(width).floor_()
-        least = (h if valid is None else torch.where(valid[..., None], h, math.inf)).amin(1, keepdim=True)
-        least = torch.where(least.isfinite(), least, 0)
-        return _code(h, shifts) - _code(least, shifts)
+    check(projection.is_floating_point(), op, "projection", "be a floating tensor", projection.dtype, error=TypeError)
+    check(offset.is_floating_point(), op, "offset", "be a floating tensor", offset.dtype, error=TypeError)
+    projection, offset = _draws(projection, offset, x)
+    check_draws(op, projection, offset, x, x.shape[2], width)
+    return hash_codes(x, projection, offset, width, valid=valid)
 
 
-def _code(h, shifts):
-    return h.to(torch.int64).bitwise_left_shift_(shifts).sum(-1)
+def _draws(projection, offset, like):
+    """``[D, L]`` and ``[L]``, of the dtype that codes are computed in."""
+    stat = stat_dtype(like.dtype)
+    projection = projection[0] if projection.dim() == 3 and projection.shape[0] == 1 else projection
+    return projection.to(stat), offset.reshape(-1).to(stat)
 
 
 def act_groups(codes: Tensor, valid: Tensor | None = None) -> Groups:
@@ -93,16 +82,7 @@ def act_groups(codes: Tensor, valid: Tensor | None = None) -> Groups:
     """
     check(codes.dtype == torch.int64, "act_groups", "codes", "be int64", codes.dtype, error=TypeError)
     check(codes.dim() == 2, "act_groups", "codes", "have shape [R, N]", tuple(codes.shape))
-    if codes.shape[1] == 0:
-        return Groups(codes.to(torch.int32), codes.to(torch.int32))
-    if valid is not None:  # a slot without a token repeats a code of its row: no group comes from it
-        codes = torch.where(valid, codes, codes.gather(1, valid.int().argmax(1, keepdim=True)))
-    ordered, order = codes.sort(dim=1)
-    rank = F.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0)).cumsum(1, dtype=torch.int32)
-    ids = torch.empty_like(rank).scatter(1, order, rank)
-    member = torch.ones_like(ids) if valid is None else valid.to(torch.int32)
-    counts = torch.zeros_like(ids).scatter_add(1, ids.long(), member)
-    return Groups(ids if valid is None else torch.where(valid, ids, -1), counts)
+    return Groups(*code_groups(codes, valid))
 
 
 def act_weighted_sum(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -237,12 +217,6 @@ def _all_rows(values):
     return torch.arange(values.shape[0], dtype=torch.int32, device=values.device)
 
 
-def _check_draw(op, name, draw, x, numel, shape, *parts):
-    check(draw.is_floating_point(), op, name, "be a floating tensor", draw.dtype, error=TypeError)
-    check(draw.numel() == numel, op, name, "have shape " + shape, tuple(draw.shape), *parts)
-    check(draw.device == x.device, op, name, "be on {}", draw.device, x.device)
-
-
 def _check_ids(op, name, values, ids, weights):
     check_floating(op, **{name: values})
     check(values.dim() == 3, op, name, "be 3-dimensional", tuple(values.shape))
@@ -331,6 +305,10 @@ class ACT(Reducer):
         if layer not in self.layers:
             return super().attention(x, state, layer, branch)
         branch.check_own_attention()
+        if "k" not in self.hashes:
+            whole = branch.add_grouped(x, state, *self._layer_draws(state, "q", layer, x, branch.head_dim), self.width)
+            if whole is not None:
+                return whole[0], state.with_carry(**{f"act.q_groups.{layer}": whole[1]})
         like, k, v, z = branch.start(x, state)
         valid, bias = real_tokens(like, state), head_bias(like, state)
         q, k, v = (head_rows(t, state) for t in (like * branch.logit_scale, k, v))
@@ -349,6 +327,10 @@ class ACT(Reducer):
     def _group(self, rows, name, layer, state, valid):
         if name not in self.hashes:
             return None
+        draws = self._layer_draws(state, name, layer, rows, rows.shape[-1])
+        return Groups(*hash_groups(rows, *draws, width=self.width, valid=valid))
+
+    def _layer_draws(self, state, name, layer, like, width):
         projection, offset = (state.carry[f"act.{name}_{kind}.{layer}"] for kind in ("projection", "offset"))
-        projection = projection[..., : rows.shape[-1], :]  # drawn for the width of the model where only that is known
-        return act_groups(act_codes(rows, projection, offset, width=self.width, valid=valid), valid)
+        # Drawn for the width of the model where only that is known.
+        return _draws(projection[..., :width, :], offset, like)
