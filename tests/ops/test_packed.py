@@ -434,7 +434,7 @@ def test_halves_of_a_block_run_in_one_call_unless_their_ops_are_counted():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
         model(x)
     names = [event.name for event in profiled.events()]
-    assert names.count("tokenprune::packed_attention") == names.count("tokenprune::packed_mlp") == 2
+    assert names.count("tokenprune::packed_attention_merged") == names.count("tokenprune::packed_mlp") == 2
     plain = profiling.count_flops(lambda: tokenprune_ext.unpack(copy.deepcopy(model))(x))
     counted = profiling.count_flops(lambda: model(x))
     assert counted["attention"] == plain["attention"]  # attention and layers are told apart

@@ -25,8 +25,6 @@ SCHEMAS = [
     "(Tensor out, Tensor lse)",
 ]
 
-CPU_ONLY = True  # on CUDA they are made of other ops
-
 
 # ---------------------------------------------------------------- sorting
 

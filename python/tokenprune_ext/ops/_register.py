@@ -16,7 +16,7 @@ _interpreter = torch._C._functorch.peek_interpreter_stack
 _FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def register(name, *, fake, reference=None, setup_context=None, backward=None, flops=None, vmap=None):
+def register(name, *, fake, reference=None, setup_context=None, backward=None, flops=None, vmap=None, composed=False):
     """Attach Python rules to ``tokenprune::name``.
 
     Args:
@@ -27,6 +27,7 @@ def register(name, *, fake, reference=None, setup_context=None, backward=None, f
         backward: autograd formula. Ops without one raise when differentiated.
         flops: flop formula, called with the op's arguments (not shapes) and ``out_val``; serves all overloads.
         vmap: batching rule; see ``torch.library.register_vmap``.
+        composed: the op is made of others on CUDA: there the reference is its kernel.
     """
     if reference is not None:
         _references[name] = reference
@@ -37,6 +38,8 @@ def register(name, *, fake, reference=None, setup_context=None, backward=None, f
     overload = getattr(getattr(torch.ops.tokenprune, packet), overload_name or "default")
     _ops[name] = overload
     torch.library.register_fake(qualified, fake)
+    if composed and _library.cuda_loaded():
+        torch.library.impl(qualified, "CUDA", reference)
     mutable = overload._schema.is_mutable
     if not mutable:
         torch.library.register_autograd(

@@ -464,4 +464,5 @@ register(
     setup_context=_setup_step,
     backward=_backward_step,
     flops=_flops_step,
+    composed=True,
 )

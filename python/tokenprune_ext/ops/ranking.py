@@ -194,7 +194,7 @@ def _reference_running(score, latest, rows, weight):
     return wide.scatter(0, slots, torch.lerp(wide[slots], latest, weight))[:-1]
 
 
-register("rank_tokens", fake=_fake_rank, reference=_reference_rank)
+register("rank_tokens", fake=_fake_rank, reference=_reference_rank, composed=True)
 register(
     "keep_top_tokens",
     fake=_fake_keep,
@@ -202,5 +202,6 @@ register(
     setup_context=_setup_keep,
     backward=_backward_keep,
     flops=_flops_keep,
+    composed=True,
 )
-register("running_scores", fake=_fake_running, reference=_reference_running)
+register("running_scores", fake=_fake_running, reference=_reference_running, composed=True)

@@ -626,14 +626,17 @@ def _composite(q, k, v, q_order, k_order, q_lengths, k_lengths, key_bias, q_size
     return out.view(q.shape), lse.view(rows, tokens)
 
 
-register("argsort_rows", fake=lambda x: x.new_empty(x.shape, dtype=torch.int32), reference=_reference_argsort)
-register("sample_rows", fake=_fake_sample, reference=_reference_sample)
-register("sample_tokens", fake=_fake_tokens, reference=_reference_tokens)
+register(
+    "argsort_rows", fake=lambda x: x.new_empty(x.shape, dtype=torch.int32), reference=_reference_argsort, composed=True
+)
+register("sample_rows", fake=_fake_sample, reference=_reference_sample, composed=True)
+register("sample_tokens", fake=_fake_tokens, reference=_reference_tokens, composed=True)
 register(
     "hash_groups",
     fake=_fake_groups,
     reference=_reference_groups,
     flops=lambda x, projection, *args, out_val=None, **kwargs: 2 * x.numel() * projection.shape[1],
+    composed=True,
 )
 register(
     "balanced_attention",
@@ -642,4 +645,5 @@ register(
     setup_context=_setup_balanced,
     backward=_backward_balanced,
     flops=_flops_balanced,
+    composed=True,
 )
