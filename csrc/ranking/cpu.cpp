@@ -3,6 +3,7 @@
 // spends more time between ops than in them.
 #include "../sorting/cpu.h"
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -69,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor> rank_tokens(const Tensor& score, int64_t num_
 }
 
 std::tuple<Tensor, Tensor> keep_top_tokens(const Tensor& x_, const Tensor& score_, int64_t num_prefix, int64_t keep,
-                                           bool fuse) {
+                                           bool fuse, bool by_rank) {
   const char* op = "keep_top_tokens";
   check_dim(op, "x", x_, 3, "[B, N, C]");
   check_floating(op, "x", x_);
@@ -93,6 +94,7 @@ std::tuple<Tensor, Tensor> keep_top_tokens(const Tensor& x_, const Tensor& score
     const int32_t* places = data<int32_t>(ranked) + b * patches;
     int64_t* chosen = mutable_data<int64_t>(order) + b * count;
     fill_order(places, num_prefix, count, chosen);
+    if (!by_rank) std::sort(chosen, chosen + count);
     for (int64_t i = 0; i < count; ++i) {
       std::memcpy(to + (b * rows + i) * row_bytes, from + (b * tokens + chosen[i]) * row_bytes, row_bytes);
     }
@@ -106,6 +108,67 @@ std::tuple<Tensor, Tensor> keep_top_tokens(const Tensor& x_, const Tensor& score
     table.fuse(dtype, p);
   });
   return {y, order};
+}
+
+std::tuple<Tensor, Tensor, Tensor> keep_marked_tokens(const Tensor& x_, const Tensor& keep_, const Tensor& cu_seqlens,
+                                                      const Optional& weights_) {
+  const char* op = "keep_marked_tokens";
+  check_dim(op, "x", x_, 2, "[T, C]");
+  check_floating(op, "x", x_);
+  check_dim(op, "keep", keep_, 1, "[T]");
+  check_dtype(op, "keep", keep_, ScalarType::Bool);
+  check_device(op, "keep", keep_, x_);
+  check_size(op, "keep", keep_, 0, x_.size(0));
+  check_dim(op, "cu_seqlens", cu_seqlens, 1, "[B + 1]");
+  check_dtype(op, "cu_seqlens", cu_seqlens, ScalarType::Int);
+  check_device(op, "cu_seqlens", cu_seqlens, x_);
+  TP_CHECK(cu_seqlens.numel() >= 1, op, "cu_seqlens must have at least one entry, got ", shape_text(cu_seqlens));
+  const Tensor x = as_contiguous(x_), keep = as_contiguous(keep_), starts = as_contiguous(cu_seqlens);
+  const int64_t tokens = x.size(0), channels = x.size(1), batch = starts.numel() - 1;
+  check_cu_seqlens(op, "cu_seqlens", starts, tokens, INT32_MAX, "cu_seqlens");
+  Optional weights;
+  if (weights_.has_value()) {
+    check_dim(op, "weights", *weights_, 1, "[T]");
+    check_size(op, "weights", *weights_, 0, tokens);
+    check_dtype(op, "weights", *weights_, stat_dtype(x.scalar_type()));
+    check_device(op, "weights", *weights_, x);
+    weights = as_contiguous(*weights_);
+  }
+  const bool fuse = weights.has_value(), *marked = data<bool>(keep);
+  const int32_t* from = data<int32_t>(starts);
+  TP_CHECK(tokens + batch <= INT32_MAX, op, "x must have fewer than 2^31 rows, got ", shape_text(x));
+  Tensor cu_out = allocate(x, {batch + 1}, ScalarType::Int);
+  int32_t* to = mutable_data<int32_t>(cu_out);
+  to[0] = 0;
+  for (int64_t b = 0; b < batch; ++b) {
+    to[b + 1] = to[b] + fuse + static_cast<int32_t>(std::count(marked + from[b], marked + from[b + 1], true));
+  }
+  Tensor y = allocate(x, {to[batch], channels}), source = allocate(x, {to[batch]}, ScalarType::Int);
+  const Dtype dtype = kernel_dtype(op, x.scalar_type());
+  const RankingKernels& table = dtype == kFloat64 ? ranking_kernels_generic : ranking_kernels();
+  const int64_t row_bytes = channels * x.element_size();
+  const char* rows = static_cast<const char*>(x.const_data_ptr());
+  char* out = static_cast<char*>(y.mutable_data_ptr());
+  parallel_items(batch, tokens * channels / 8 / (batch > 0 ? batch : 1), [&](int64_t b) {
+    int32_t* place = mutable_data<int32_t>(source) + to[b];
+    std::vector<int32_t> rest;
+    for (int32_t t = from[b]; t < from[b + 1]; ++t) {
+      if (marked[t]) {
+        std::memcpy(out + (place - data<int32_t>(source)) * row_bytes, rows + t * row_bytes, row_bytes);
+        *place++ = t;
+      } else if (fuse) {
+        rest.push_back(t);
+      }
+    }
+    if (!fuse) return;
+    *place = -1;
+    FuseParams p;
+    p.x = rows, p.weights = weights->const_data_ptr(), p.dropped = rest.data();
+    p.count = static_cast<int64_t>(rest.size()), p.channels = channels;
+    p.out = out + (place - data<int32_t>(source)) * row_bytes;
+    table.fuse(dtype, p);
+  });
+  return {y, source, cu_out};
 }
 
 // As torch.lerp: exact at both ends.
@@ -158,6 +221,7 @@ Tensor running_scores(const Tensor& score_, const Tensor& latest_, const Optiona
 STABLE_TORCH_LIBRARY_IMPL(tokenprune, CPU, m) {
   m.impl("rank_tokens", TORCH_BOX(&rank_tokens));
   m.impl("keep_top_tokens", TORCH_BOX(&keep_top_tokens));
+  m.impl("keep_marked_tokens", TORCH_BOX(&keep_marked_tokens));
   m.impl("running_scores", TORCH_BOX(&running_scores));
 }
 

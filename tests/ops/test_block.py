@@ -510,6 +510,7 @@ def test_errors_name_op_argument_rule_and_value():
     expect(TypeError, "packed_mlp", "x must be a float32", mlp, x.int(), qkv, proj, hidden=24, **NORM)
 
 
+@needs_library
 def test_heads_without_channels_add_nothing():
     x = torch.randn(1, 3, 8)
     y, _, _, cls = ops.packed_attention(x, *_weights(dim=0), num_heads=2, head_dim=0, want_cls=True, **NORM)

@@ -2,6 +2,7 @@
 """Tokens by rank: the order, the best with the others fused, running scores."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ raw = torch.ops.tokenprune
 
 SCHEMAS = [
     "rank_tokens(Tensor score, SymInt num_prefix, SymInt count) -> (Tensor order, Tensor rows, Tensor cu_seqlens)",
-    "keep_top_tokens(Tensor x, Tensor score, SymInt num_prefix, SymInt keep, bool fuse) -> (Tensor y, Tensor order)",
+    "keep_top_tokens(Tensor x, Tensor score, SymInt num_prefix, SymInt keep, bool fuse, bool by_rank) -> "
+    "(Tensor y, Tensor order)",
+    "keep_marked_tokens(Tensor x, Tensor keep, Tensor cu_seqlens, Tensor? weights) -> "
+    "(Tensor y, Tensor source, Tensor cu_out)",
     "running_scores(Tensor score, Tensor latest, Tensor? rows, float weight) -> Tensor",
 ]
 
@@ -58,7 +62,7 @@ def oracle_rank(score, count, num_prefix):
     )
 
 
-def make_keep(rng, batch, tokens, channels, keep=2, prefix=0, fuse=True):
+def make_keep(rng, batch, tokens, channels, keep=2, prefix=0, fuse=True, by_rank=True):
     prefix = min(prefix, tokens)
     keep = min(keep, tokens - prefix)
     x = torch.randn(batch, tokens, channels, generator=rng, dtype=torch.float64)
@@ -67,16 +71,43 @@ def make_keep(rng, batch, tokens, channels, keep=2, prefix=0, fuse=True):
         torch.stack([torch.randperm(tokens, generator=rng) for _ in range(batch)]) if batch else torch.zeros(0, tokens)
     )
     score = (score.double() + 1) / 64
-    return Sample({"x": x, "score": score}, {"keep": keep, "num_prefix": prefix, "fuse": fuse})
+    return Sample({"x": x, "score": score}, {"keep": keep, "num_prefix": prefix, "fuse": fuse, "by_rank": by_rank})
 
 
-def oracle_keep(x, score, keep, num_prefix, fuse):
+def oracle_keep(x, score, keep, num_prefix, fuse, by_rank):
     order = oracle_rank(score, None, num_prefix)[0][:, : num_prefix + keep]
+    order = order if by_rank else torch.tensor([sorted(row) for row in order.tolist()]).view(order.shape).long()
     y = torch.stack([image[row] for image, row in zip(x, order, strict=True)]) if len(x) else x[:, : num_prefix + keep]
     if fuse:
         rest = torch.ones_like(score).scatter(1, order, 0)
         y = torch.cat([y, torch.einsum("bn,bnc->bc", (score * rest).to(x.dtype), x)[:, None]], 1)
     return y, order
+
+
+def make_marked(rng, lengths, channels, share=0.4, fuse=True, behind=0):
+    """``behind``: rows of no sequence."""
+    total = sum(lengths) + behind
+    inputs = {
+        "x": torch.randn(total, channels, generator=rng, dtype=torch.float64),
+        "keep": torch.rand(total, generator=rng) < share,
+        "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+    }
+    weights = {"weights": torch.rand(total, generator=rng, dtype=torch.float64)} if fuse else {}
+    return Sample(inputs | weights, {})
+
+
+def oracle_marked(x, keep, cu_seqlens, weights=None):
+    rows, source, starts = [x[:0]], [], [0]
+    for begin, end in pairwise(cu_seqlens.tolist()):
+        own = [t for t in range(begin, end) if keep[t]]
+        rows.append(x[own])
+        source += own
+        if weights is not None:
+            rest = [t for t in range(begin, end) if not keep[t]]
+            rows.append((weights[rest].to(x.dtype)[:, None] * x[rest]).sum(0, keepdim=True))
+            source.append(-1)
+        starts.append(len(source))
+    return torch.cat(rows), torch.tensor(source, dtype=torch.int32), torch.tensor(starts, dtype=torch.int32)
 
 
 def make_running(rng, scores, latest=None, weight=0.5):
@@ -104,6 +135,16 @@ def oracle_running(score, latest, index=None, *, weight):
 
 
 STATS = (torch.float32, torch.float64)
+MARKED = {
+    "several": {"lengths": [20, 33], "channels": 20},
+    "ragged": {"lengths": [5, 0, 40, 1], "channels": 7, "behind": 3},
+    "wide": {"lengths": [50], "channels": 1100},
+    "all_kept": {"lengths": [9, 4], "channels": 5, "share": 2.0},
+    "none_kept": {"lengths": [9, 4], "channels": 5, "share": -1.0},
+    "no_tokens": {"lengths": [0, 0], "channels": 4},
+    "no_sequences": {"lengths": [], "channels": 4},
+    "no_channels": {"lengths": [6], "channels": 0},
+}
 
 SPECS = [
     OpSpec(
@@ -133,6 +174,7 @@ SPECS = [
             "fused": {"batch": 2, "tokens": 33, "channels": 20, "keep": 9, "prefix": 1},
             "wide": {"batch": 1, "tokens": 40, "channels": 1100, "keep": 11, "prefix": 2},
             "plain": {"batch": 3, "tokens": 21, "channels": 7, "keep": 5, "fuse": False},
+            "in_order": {"batch": 2, "tokens": 30, "channels": 7, "keep": 12, "prefix": 1, "by_rank": False},
             "all_kept": {"batch": 2, "tokens": 6, "channels": 5, "keep": 6},
             "none_kept": {"batch": 2, "tokens": 6, "channels": 5, "keep": 0},
             "one": {"batch": 1, "tokens": 1, "channels": 1, "prefix": 1, "keep": 0},
@@ -148,11 +190,32 @@ SPECS = [
             "keep": (0, 9),
             "prefix": (0, 2),
             "fuse": [False, True],
+            "by_rank": [False, True],
         },
         gradcheck={"batch": 2, "tokens": 6, "channels": 3, "keep": 2, "prefix": 1},
         grads=("x", "score"),
         stats=frozenset({"score"}),
         inductor=True,
+    ),
+    *(
+        OpSpec(
+            f"keep_marked_tokens{name}",
+            ops.keep_marked_tokens,
+            oracle_marked,
+            make_marked,
+            cases={case: {**dims, "fuse": fuse} for case, dims in MARKED.items()},
+            sized=lambda tokens, fuse=fuse: {"lengths": [tokens, 7], "channels": 12, "fuse": fuse},
+            fuzz={
+                "lengths": [[3], [20, 1], [0, 9, 4], [7] * 5],
+                "channels": (0, 40),
+                "fuse": [fuse],
+                "behind": (0, 2),
+            },
+            gradcheck={"lengths": [4, 3], "channels": 3, "behind": 1, "fuse": fuse},
+            grads=("x", "weights") if fuse else ("x",),
+            stats=frozenset({"weights"}),
+        )
+        for name, fuse in (("", False), ("_fused", True))
     ),
     OpSpec(
         "running_scores",
@@ -186,6 +249,7 @@ def test_the_order_of_special_scores(dtype):
     assert ops.rank_tokens(score, num_prefix=2)[0].tolist() == [[0, 1, 3, 7, 6, 8, 2, 4, 5]]
 
 
+@needs_library
 def test_dropped_tokens_alone_are_fused():
     """What is kept does not enter the sum, whatever it holds."""
     x = torch.tensor([[[INF], [2.0], [3.0], [NAN]]])
@@ -234,6 +298,25 @@ def test_errors_of_keep_top_tokens(error, message, change):
     expect(error, "keep_top_tokens", message, ops.keep_top_tokens, **arguments)
 
 
+KEEP, STARTS = torch.tensor([True, False, True, True, False]), torch.tensor([0, 2, 5], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "change"),
+    [
+        (TypeError, "x must be a float32", {"x": X[0].int()}),
+        (ValueError, r"x must have shape \[T, C\]", {"x": X}),
+        (TypeError, "keep must be bool", {"keep": KEEP.int()}),
+        (ValueError, r"keep must have shape \[5\]", {"keep": KEEP[:4]}),
+        (ValueError, r"weights must have shape \[5\]", {"weights": SCORE[0, :4]}),
+        (TypeError, "cu_seqlens must be int32 or int64", {"cu_seqlens": STARTS.float()}),
+    ],
+)
+def test_errors_of_keep_marked_tokens(error, message, change):
+    arguments = {"x": X[0], "keep": KEEP, "cu_seqlens": STARTS, **change}
+    expect(error, "keep_marked_tokens", message, ops.keep_marked_tokens, **arguments)
+
+
 def test_errors_of_running_scores():
     score, call = torch.rand(4), ops.running_scores
     expect(TypeError, "running_scores", "score must be a float32", call, score.int(), score.int(), 0.5)
@@ -254,12 +337,21 @@ def test_direct_calls_are_checked():
         (r"rank_tokens: num_prefix must be in \[0, 5\], got -1", lambda: raw.rank_tokens(SCORE, -1, 0)),
         (r"rank_tokens: count must be in \[0, 5\], got 6", lambda: raw.rank_tokens(SCORE, 0, 6)),
         (r"rank_tokens: count must be in \[0, 5\], got -1", lambda: raw.rank_tokens(SCORE, 0, -1)),
-        (r"keep_top_tokens: x must have shape \[B, N, C\]", lambda: raw.keep_top_tokens(X[0], SCORE, 0, 1, True)),
-        ("keep_top_tokens: score must be float32", lambda: raw.keep_top_tokens(X, SCORE.half(), 0, 1, True)),
-        ("keep_top_tokens: score must be float64", lambda: raw.keep_top_tokens(X.double(), SCORE, 0, 1, True)),
-        ("keep_top_tokens: score must have size 5", lambda: raw.keep_top_tokens(X, SCORE[:, :4], 0, 1, True)),
-        (r"keep_top_tokens: keep must be in \[0, 4\], got 5", lambda: raw.keep_top_tokens(X, SCORE, 1, 5, True)),
-        ("keep_top_tokens: num_prefix must be in", lambda: raw.keep_top_tokens(X, SCORE, 1 << 60, 5, True)),
+        (r"keep_top_tokens: x must have shape \[B, N, C\]", lambda: raw.keep_top_tokens(X[0], SCORE, 0, 1, True, True)),
+        ("keep_top_tokens: score must be float32", lambda: raw.keep_top_tokens(X, SCORE.half(), 0, 1, True, True)),
+        ("keep_top_tokens: score must be float64", lambda: raw.keep_top_tokens(X.double(), SCORE, 0, 1, True, True)),
+        ("keep_top_tokens: score must have size 5", lambda: raw.keep_top_tokens(X, SCORE[:, :4], 0, 1, True, True)),
+        (r"keep_top_tokens: keep must be in \[0, 4\], got 5", lambda: raw.keep_top_tokens(X, SCORE, 1, 5, True, True)),
+        ("keep_top_tokens: num_prefix must be in", lambda: raw.keep_top_tokens(X, SCORE, 1 << 60, 5, True, True)),
+        (r"keep_marked_tokens: x must have shape \[T, C\]", lambda: raw.keep_marked_tokens(X, KEEP, STARTS, None)),
+        ("keep_marked_tokens: keep must be bool", lambda: raw.keep_marked_tokens(X[0], KEEP.int(), STARTS, None)),
+        ("keep_marked_tokens: keep must have size 5", lambda: raw.keep_marked_tokens(X[0], KEEP[1:], STARTS, None)),
+        ("cu_seqlens must be int32", lambda: raw.keep_marked_tokens(X[0], KEEP, STARTS.long(), None)),
+        ("cu_seqlens must have at least one", lambda: raw.keep_marked_tokens(X[0], KEEP, STARTS[:0], None)),
+        ("cu_seqlens must end within the 5 rows", lambda: raw.keep_marked_tokens(X[0], KEEP, STARTS * 2, None)),
+        ("cu_seqlens must not decrease", lambda: raw.keep_marked_tokens(X[0], KEEP, STARTS * -1, None)),
+        ("weights must have size 5", lambda: raw.keep_marked_tokens(X[0], KEEP, STARTS, SCORE[0, 1:])),
+        ("weights must be float32", lambda: raw.keep_marked_tokens(X[0], KEEP, STARTS, SCORE[0].half())),
         ("running_scores: latest must have size 5", lambda: raw.running_scores(SCORE[0], SCORE[0, :4], None, 0.5)),
         ("running_scores: score must be float32 or float64", lambda: raw.running_scores(index, index, None, 0.5)),
         ("running_scores: rows must have size 5", lambda: raw.running_scores(SCORE[0], SCORE[0], index, 0.5)),

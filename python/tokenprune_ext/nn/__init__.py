@@ -3,7 +3,7 @@
 
 from .block import AttentionBranch, BlockParts, BlockRecord, BlockRun, MlpBranch, run_block
 from .deform import DeformInputs, MSDeformAttn, deform_inputs, grid_reference_points
-from .packed import PackedLinear, PackedPatches, pack, unpack
+from .packed import PackedLinear, PackedPatches, pack, run_chain, unpack
 from .places import PairBias, Rotary
 from .state import (
     TokenState,
@@ -33,6 +33,7 @@ __all__ = [
     "pad_rows",
     "row_positions",
     "run_block",
+    "run_chain",
     "sequence_of_row",
     "split_prefix",
     "unpack",

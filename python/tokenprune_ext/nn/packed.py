@@ -201,6 +201,25 @@ def fusible(layer, x: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor | 
     return layer.take(x, *others) if isinstance(layer, PackedLinear) and not hooked(layer) else None
 
 
+def run_chain(layers: nn.Sequential, x: Tensor) -> Tensor:
+    """``layers(x)``; a packed linear layer takes the LayerNorm in front of it and the activation behind it along."""
+    if hooked(layers):
+        return layers(x)
+    layers, i = list(layers), 0
+    while i < len(layers):
+        norm = plain_norm(layers[i])
+        at = i if norm is None else i + 1
+        pair = fusible(layers[at], x, *(norm or ())[:2]) if at < len(layers) else None
+        if pair is None:
+            x, i = layers[i](x), i + 1
+            continue
+        after = layers[at + 1] if at + 1 < len(layers) else None
+        act = None if after is None or hooked(after) else activation_name(after)
+        x = layers[at].fused(x, pair, norm=norm, act=act)
+        i = at + 1 if act is None else at + 2
+    return x
+
+
 def plain_scale(layer_scale, drop_path) -> tuple[bool, Tensor | None]:
     """``(whether the branch's tail is only a factor per channel, that factor or None)``."""
     if not (drop_path is None or isinstance(drop_path, nn.Identity) or not drop_path.training):

@@ -149,6 +149,8 @@ torch.export.register_dataclass(TokenState, serialized_type_name="tokenprune_ext
 
 def sequence_of_row(cu_seqlens: Tensor, rows: int) -> Tensor:
     """The sequence each packed row belongs to: int64 ``[T]``."""
+    if cu_seqlens.shape[0] == 2:
+        return torch.zeros(rows, dtype=torch.int64, device=cu_seqlens.device)
     row = torch.arange(rows, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
     return torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True).clamp(max=cu_seqlens.shape[0] - 2)
 
@@ -156,6 +158,8 @@ def sequence_of_row(cu_seqlens: Tensor, rows: int) -> Tensor:
 def row_positions(cu_seqlens: Tensor, rows: int) -> Tensor:
     """Position of each packed row within its sequence: int32 ``[T]``."""
     row = torch.arange(rows, dtype=torch.int32, device=cu_seqlens.device)
+    if cu_seqlens.shape[0] == 2:
+        return row
     return row - cu_seqlens[sequence_of_row(cu_seqlens, rows)].to(torch.int32)
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens by rank: the order, the best with the others fused into one (EViT, arXiv 2202.07800), running scores (Evo-ViT,
-arXiv 2108.01390).
+"""Tokens by rank: the order, the best with the others fused into one (EViT, arXiv 2202.07800), the marked ones likewise
+(SPViT, arXiv 2112.13890), running scores (Evo-ViT, arXiv 2108.01390).
 
 Plain PyTorch can do all of this in a few ops; each of these is one, because small models at batch 1 spend more time on the
 way from op to op than in them. CPU kernels; elsewhere they are compositions.
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ._register import call, check, check_floating, check_index, register, stat_dtype
-from .tokens import TokenIndex
+from .merge import Matching, merge_tokens
+from .tokens import TokenIndex, gather_tokens, select_tokens
 
-__all__ = ["keep_top_tokens", "rank_tokens", "running_scores"]
+__all__ = ["keep_marked_tokens", "keep_top_tokens", "rank_tokens", "running_scores"]
 
 
 # ---------------------------------------------------------------- public functions
@@ -45,9 +46,9 @@ def rank_tokens(score: Tensor, count: int | None = None, *, num_prefix: int = 0)
 
 
 def keep_top_tokens(
-    x: Tensor, score: Tensor, keep: int, *, num_prefix: int = 0, fuse: bool = False
+    x: Tensor, score: Tensor, keep: int, *, num_prefix: int = 0, fuse: bool = False, by_rank: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """The prefix tokens and the ``keep`` others of the highest score, by rank.
+    """The prefix tokens and the ``keep`` others of the highest score.
 
     Args:
         x: ``[B, N, C]``.
@@ -55,6 +56,7 @@ def keep_top_tokens(
         keep: tokens to keep besides the prefix.
         num_prefix: leading tokens that are always kept.
         fuse: append the sum of the dropped tokens, each times its score.
+        by_rank: the best first; False: in the order of x.
 
     Returns:
         ``(y [B, num_prefix + keep (+ 1), C], order)``; order int64 ``[B, num_prefix + keep]``: the row of x of each row
@@ -74,8 +76,41 @@ def keep_top_tokens(
         check(False, op, "score", "be on {}", score.device, x.device)
     if not 0 <= keep <= x.shape[1] - num_prefix:
         check(False, op, "keep", "be in [0, {}]", keep, x.shape[1] - num_prefix)
-    arguments = x, score.to(stat_dtype(x.dtype)), num_prefix, keep, fuse
+    arguments = x, score.to(stat_dtype(x.dtype)), num_prefix, keep, fuse, by_rank
     return _reference_keep(*arguments) if x.is_cuda else call(op, x.device, *arguments)
+
+
+def keep_marked_tokens(
+    x: Tensor, keep: Tensor, cu_seqlens: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The marked rows of packed tokens, and the others of each sequence fused into one behind them.
+
+    Args:
+        x: ``[T, C]``.
+        keep: bool ``[T]``.
+        cu_seqlens: int32 ``[B + 1]``, starts of the sequences.
+        weights: ``[T]``; with them every sequence ends with the sum of its dropped tokens, each times its weight.
+
+    Returns:
+        ``(y [S, C], source, cu_seqlens')``: ``source`` int32 ``[S]``, the row of x of each row of y, -1 for the sums; and
+        int32 ``[B + 1]``, where each sequence starts in y. Differentiable in x and weights.
+
+    Raises:
+        ValueError, TypeError: wrong shape, dtype or device. RuntimeError: wrong contents of ``cu_seqlens`` (CPU).
+    """
+    op = "keep_marked_tokens"
+    check_floating(op, x=x)
+    if x.dim() != 2:
+        check(False, op, "x", "have shape [T, C]", tuple(x.shape))
+    check(keep.dtype == torch.bool, op, "keep", "be bool", keep.dtype, error=TypeError)
+    for name, t in (("keep", keep), ("weights", weights)):
+        if t is not None and t.shape != x.shape[:1]:
+            check(False, op, name, "have shape {}", tuple(t.shape), list(x.shape[:1]))
+        if t is not None and t.device != x.device:
+            check(False, op, name, "be on {}", t.device, x.device)
+    cu_seqlens = check_index(op, "cu_seqlens", cu_seqlens, x.device)
+    arguments = x, keep, cu_seqlens, None if weights is None else weights.to(stat_dtype(x.dtype))
+    return _reference_marked(*arguments) if x.is_cuda else call(op, x.device, *arguments)
 
 
 def running_scores(score: Tensor, latest: Tensor, weight: float, index: TokenIndex | Tensor | None = None) -> Tensor:
@@ -130,9 +165,14 @@ def _fake_rank(score, num_prefix, count):
     )
 
 
-def _fake_keep(x, score, num_prefix, keep, fuse):
+def _fake_keep(x, score, num_prefix, keep, fuse, by_rank):
     batch, count = x.shape[0], num_prefix + keep
     return x.new_empty(batch, count + int(fuse), x.shape[2]), x.new_empty(batch, count, dtype=torch.int64)
+
+
+def _fake_marked(x, keep, cu_seqlens, weights):
+    rows = torch.library.get_ctx().new_dynamic_size()
+    return x.new_empty(rows, x.shape[1]), *(x.new_empty(n, dtype=torch.int32) for n in (rows, cu_seqlens.shape[0]))
 
 
 def _fake_running(score, latest, rows, weight):
@@ -140,7 +180,7 @@ def _fake_running(score, latest, rows, weight):
 
 
 def _setup_keep(ctx, inputs, output):
-    x, score, _, _, ctx.fuse = inputs
+    x, score, _, _, ctx.fuse, _ = inputs
     ctx.save_for_backward(x, score, output[1])
     ctx.mark_non_differentiable(output[1])
 
@@ -153,15 +193,37 @@ def _backward_keep(ctx, grad, _):
     kept = grad[:, :count].flatten(0, 1)
     grad_x = torch.ops.tokenprune.gather_tokens_backward(kept, rows, batch * tokens).view(x.shape)
     if not ctx.fuse:
-        return grad_x, None, None, None, None
+        return grad_x, *(None,) * 5
     fused = grad[:, count:].to(score.dtype)
     weights = score.scatter(1, order, 0)
     grad_score = (x.to(score.dtype) @ fused.mT)[..., 0].scatter(1, order, 0)
-    return (grad_x + weights[..., None] * fused).to(x.dtype), grad_score, None, None, None
+    return (grad_x + weights[..., None] * fused).to(x.dtype), grad_score, *(None,) * 4
 
 
-def _flops_keep(x, score, num_prefix, keep, fuse, *, out_val=None, **kwargs):
+def _setup_marked(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward_marked(ctx, grad, *_):
+    x, keep, cu_seqlens, weights, source, cu_out = ctx.saved_tensors
+    grad_x = torch.ops.tokenprune.gather_tokens_backward(grad, source, x.shape[0])
+    if weights is None or cu_seqlens.shape[0] == 1:
+        return grad_x, None, None, weights
+    row = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
+    fused = grad[cu_out[1:].long() - 1][_owners(cu_seqlens, row)].to(weights.dtype)
+    dropped = (~keep & (row < cu_seqlens[-1])).to(weights.dtype)
+    grad_x = grad_x + (weights * dropped)[:, None] * fused
+    return grad_x.to(x.dtype), None, None, (x.to(weights.dtype) * fused).sum(1) * dropped
+
+
+def _flops_keep(x, score, num_prefix, keep, fuse, by_rank, *, out_val=None, **kwargs):
     return 2 * int(fuse) * (x.shape[1] - num_prefix - keep) * x.shape[0] * x.shape[2]
+
+
+def _flops_marked(x, keep, cu_seqlens, weights, *, out_val=None, **kwargs):
+    dropped = x.shape[0] - out_val[0].shape[0] + cu_seqlens.shape[0] - 1
+    return 0 if weights is None else 2 * dropped * x.shape[1]
 
 
 # ---------------------------------------------------------------- reference
@@ -177,13 +239,41 @@ def _reference_rank(score, num_prefix, count):
     return order, rows.to(torch.int32), (starts * count).to(torch.int32)
 
 
-def _reference_keep(x, score, num_prefix, keep, fuse):
+def _reference_keep(x, score, num_prefix, keep, fuse, by_rank):
     order = _reference_rank(score.detach(), num_prefix, 0)[0][:, : num_prefix + keep]
+    order = order if by_rank else order.sort(1)[0]
     y = x.gather(1, order[..., None].expand(-1, -1, x.shape[-1]))
     if fuse:  # in float32: PyTorch's product of such a thin matrix is slow in bfloat16
         fused = score.scatter(1, order, 0)[:, None] @ x.to(score.dtype)
         y = torch.cat([y, fused.to(x.dtype)], 1)
     return y, order
+
+
+def _owners(cu_seqlens, rows):
+    """The sequence of each of the ascending rows; the last one's for rows behind all."""
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True).clamp(max=cu_seqlens.shape[0] - 2)
+
+
+def _reference_marked(x, keep, cu_seqlens, weights):
+    row = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
+    keep = keep & (row < cu_seqlens[-1])
+    starts = torch.cat([keep.new_zeros(1, dtype=torch.int32), keep.cumsum(0, dtype=torch.int32)])[cu_seqlens.long()]
+    source = select_tokens(keep[None]).indices
+    if weights is None:
+        return gather_tokens(x, source), source, starts
+    batch = cu_seqlens.shape[0] - 1
+    image = torch.arange(batch + 1, dtype=torch.int32, device=x.device)
+    cu_out = starts + image
+    if batch == 0:
+        return x[:0], source, cu_out
+    owner = torch.where(keep | (row >= cu_seqlens[-1]), -1, _owners(cu_seqlens, row)).to(torch.int32)[None]
+    sums, _ = merge_tokens((x.to(weights.dtype) * weights[:, None])[None], Matching(*[owner] * 4, batch), mode="sum")
+    wide = torch.cat([x, sums[0].to(x.dtype)])
+    place = torch.arange(source.shape[0], device=x.device) + _owners(cu_seqlens, source)
+    whole = source.new_full((source.shape[0] + batch,), -1).scatter(0, place, source)
+    made = (image[:-1] + x.shape[0]).to(torch.int32)
+    rows = whole.scatter(0, cu_out[1:].long() - 1, made)
+    return gather_tokens(wide, rows), whole, cu_out
 
 
 def _reference_running(score, latest, rows, weight):
@@ -202,6 +292,15 @@ register(
     setup_context=_setup_keep,
     backward=_backward_keep,
     flops=_flops_keep,
+    composed=True,
+)
+register(
+    "keep_marked_tokens",
+    fake=_fake_marked,
+    reference=_reference_marked,
+    setup_context=_setup_marked,
+    backward=_backward_marked,
+    flops=_flops_marked,
     composed=True,
 )
 register("running_scores", fake=_fake_running, reference=_reference_running, composed=True)

@@ -28,7 +28,13 @@ def gumbel_choice(scores: Tensor, noise: Tensor | None, tau: float = 1.0) -> tup
     """
     noisy = scores if noise is None else scores + noise
     soft = (noisy if tau == 1 else noisy / tau).softmax(-1)[..., 0]
-    return soft, noisy[..., 0] >= noisy[..., 1]
+    return soft, hard_choice(noisy)
+
+
+def hard_choice(scores: Tensor, noise: Tensor | None = None) -> Tensor:
+    """The choice of :func:`gumbel_choice` alone, bool ``[...]``."""
+    noisy = scores if noise is None else scores + noise
+    return noisy[..., 0] >= noisy[..., 1]
 
 
 def straight_through(choice: Tensor, soft: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn import run_chain
 from ..ops._register import stat_dtype
 
 
@@ -46,7 +47,7 @@ class TokenPredictor(nn.Module):
             x: tokens ``[B, N, C]`` or ``[T, C]``.
             mean: mean over the tokens of an image that are still there, as :func:`masked_mean` makes it.
         """
-        scores = self.out_conv(_with_pooled(self.in_conv(x), mean))
+        scores = run_chain(self.out_conv, _with_pooled(run_chain(self.in_conv, x), mean))
         scores = F.log_softmax(scores.to(stat_dtype(x.dtype)), -1)
         return scores, scores.exp()
 
@@ -94,11 +95,11 @@ class HeadSelector(nn.Module):
             mean: mean over the tokens of an image that are still there, for values ``[..., H, k]``.
         """
         heads = x.unflatten(-1, (self.num_heads, -1))
-        logits = self.out_conv(_with_pooled(self.in_conv(heads), mean)).to(stat_dtype(x.dtype))
+        logits = run_chain(self.out_conv, _with_pooled(run_chain(self.in_conv, heads), mean)).to(stat_dtype(x.dtype))
         logs = F.log_softmax(logits, -1)
         if self.senet is None:
             return logs.mean(-2), logs.exp().mean(-2)
-        weights = self.senet(heads.mean(-1)).to(logs.dtype)[..., None]
+        weights = run_chain(self.senet, heads.mean(-1)).to(logs.dtype)[..., None]
         total = weights.sum(-2)
         return (weights * logs).sum(-2) / total, (weights * logs.exp()).sum(-2) / total
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import TokenState, pad_rows, row_positions, sequence_of_row, split_prefix
-from ..ops import Matching, gather_tokens, merge_tokens, select_tokens
+from ..ops import Matching, keep_marked_tokens, merge_tokens
 from ..ops._register import stat_dtype
 from ._base import Reducer
 from ._gates import draw_gumbel
@@ -158,6 +158,8 @@ def ratio_loss(keeps: Sequence[Tensor], targets: Sequence[float], *, per_sample:
 
 def image_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Sums over the rows of each packed image: ``[T, ...] -> [B, ...]``, in a fixed order."""
+    if cu_seqlens.shape[0] == 2:
+        return values.sum(0, keepdim=True)
     flat = values.flatten(1)
     owner = sequence_of_row(cu_seqlens, flat.shape[0]).to(torch.int32)[None]
     per_image = Matching(owner, owner, owner, owner, cu_seqlens.shape[0] - 1)
@@ -178,50 +180,37 @@ def packed_mean(mask: Tensor, cu_seqlens: Tensor):
     return mean
 
 
-def take_rows(
-    x: Tensor, state: TokenState, keep: Tensor, *, made: Tensor | None = None, count: int | None = None
-) -> tuple[Tensor, TokenState]:
-    """Kept rows of packed tokens, with one made token behind each image's when given; order stays.
+def take_rows(x: Tensor, state: TokenState, keep: Tensor, weights: Tensor | None = None) -> tuple[Tensor, TokenState]:
+    """Kept rows of packed tokens, with weights a row behind each image's that stands for the dropped ones; order stays.
 
     Args:
         x: ``[T, C]``.
         state: packed; its trace, index, size and key bias follow.
         keep: bool ``[T]``.
-        made: ``[B, C]``: a token per image that stands for the image's dropped ones.
-        count: kept rows per image where it is the same for all and known (nothing is then read back to the host).
+        weights: ``[T]``; the row behind is the sum of the dropped ones times these.
     """
-    cu_seqlens, batch = state.cu_seqlens, state.cu_seqlens.shape[0] - 1
-    kept = select_tokens(keep[None], capacity=None if count is None else batch * count).indices.long()
-    before = F.pad(keep.cumsum(0, dtype=torch.int32), (1, 0))
-    starts = before[cu_seqlens.long()]
-    place = before[:-1] - starts[sequence_of_row(cu_seqlens, x.shape[0])]  # of kept rows, within their image
-    lost, longest, source = -1, state.max_seqlen if count is None else count, kept
-    if made is not None:
-        starts = starts + torch.arange(batch + 1, dtype=torch.int32, device=x.device)
-        owner = sequence_of_row(cu_seqlens, x.shape[0])
-        source = kept.new_full((kept.shape[0] + batch,), x.shape[0])
-        source = source.scatter(0, torch.arange(kept.shape[0], device=x.device) + owner[kept], kept)
-        source = source.scatter(0, starts[1:].long() - 1, x.shape[0] + torch.arange(batch, device=x.device))
-        x = torch.cat([x, made.to(x.dtype)])
-        lost, longest = (starts.diff() - 1)[owner], longest + 1
-    if "parent" in state.carry:
-        moved = torch.where(keep, place, lost)
-        state = state.reparent(pad_rows(moved, cu_seqlens, state.max_seqlen, -1))
-    fields = {}
-    for name, value in FIELDS:
+    y, source, cu_seqlens = keep_marked_tokens(x, keep, state.cu_seqlens, weights)
+    alone = cu_seqlens.shape[0] == 2 and not torch.compiler.is_compiling()
+    longest = y.shape[0] if alone else state.max_seqlen + (weights is not None)
+    rows, fields = source.long(), {}  # -1 is the made value behind all others
+    for name, made in FIELDS:
         values = getattr(state, name)
         if values is not None:
-            values = values if made is None else F.pad(values, (0, batch), value=value)
-            fields[name] = values[source]
-    state = state.replace(cu_seqlens=starts, max_seqlen=longest, **fields)
-    return gather_tokens(x, source.to(torch.int32)), state
+            fields[name] = values[rows] if weights is None else F.pad(values, (0, 1), value=made)[rows]
+    if "parent" in state.carry:
+        owner = sequence_of_row(state.cu_seqlens, x.shape[0])
+        before = F.pad(keep.cumsum(0, dtype=torch.int32), (1, 0))
+        place = before[:-1] - before[state.cu_seqlens[:-1].long()][owner]  # of kept rows, within their image
+        lost = -1 if weights is None else (cu_seqlens.diff() - 1)[owner]
+        state = state.reparent(pad_rows(torch.where(keep, place, lost), state.cu_seqlens, state.max_seqlen, -1))
+    return y, state.replace(cu_seqlens=cu_seqlens, max_seqlen=longest, **fields)
 
 
 def keep_map(index: Tensor, keep: Tensor, cu_seqlens: Tensor, like: Tensor) -> Tensor:
     """Which original patches are kept: ``[B, n]`` shaped like ``like``, from packed rows' ``index`` and ``keep``."""
     batch, patches = like.shape
     here = keep & (index >= 0)
-    flat = sequence_of_row(cu_seqlens, index.shape[0]) * patches + index
+    flat = index.long() if batch == 1 else sequence_of_row(cu_seqlens, index.shape[0]) * patches + index
     flat = torch.where(here, flat, batch * patches)
     return like.new_zeros(batch * patches + 1).scatter(0, flat, 1)[:-1].view(batch, patches)
 
@@ -251,6 +240,15 @@ def follow_masked(state: TokenState, keep: Tensor, stand_in: int) -> TokenState:
     return state.reparent(torch.cat([row[:, :prefix], patch, row[:, prefix + patches :]], 1))
 
 
+def follow_order(state: TokenState, order: Tensor) -> TokenState:
+    """The state of padded tokens ``order``, int64 ``[B, N']``: the row that each of them was."""
+    fields = {name: values.gather(1, order) for name, _ in FIELDS if (values := getattr(state, name)) is not None}
+    if "parent" in state.carry:
+        place = torch.arange(order.shape[1], dtype=torch.int32, device=order.device).expand_as(order)
+        state = state.reparent(torch.full_like(state.index, -1).scatter(1, order, place))
+    return state.replace(**fields)
+
+
 def _patch_index(x, state):
     if state.packed:
         row = row_positions(state.cu_seqlens, x.shape[0])
@@ -262,6 +260,7 @@ def _patch_index(x, state):
 __all__ = [
     "StagedPruning",
     "follow_masked",
+    "follow_order",
     "image_sums",
     "keep_map",
     "keep_targets",

@@ -9,12 +9,14 @@ import math
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 
 from ..nn import pad_rows, unpad_rows
+from ..ops import keep_top_tokens
 from ._base import register
 from ._gates import gumbel_choice, straight_through
 from ._predictors import TokenPredictor, masked_mean
-from ._stages import StagedPruning, follow_masked, keep_map, packed_mean, rank_choice, take_rows
+from ._stages import StagedPruning, follow_masked, follow_order, keep_map, packed_mean, rank_choice, take_rows
 
 __all__ = ["DynamicViT"]
 
@@ -102,27 +104,27 @@ class DynamicViT(StagedPruning):
         return x, state.with_carry(keep=keep, policy=policy, **{f"keep.{layer}": keep})
 
     def _stage_gathered(self, x, state, layer):
-        equal, packed, prefix = state.uniform(x), state.packed, state.num_prefix
         selector = self.selectors[self.layers.index(layer)]
-        count = None
-        if equal:
-            padded, _ = state.as_padded(x)
-            patches = padded[:, prefix:]
-            everything = torch.ones(patches.shape[:2], dtype=torch.bool, device=x.device)
-            scores, _ = selector(patches, masked_mean(everything))
-            count = self._count(layer, state.carry["keep"].shape[1])
-            choice = rank_choice(scores[..., 0], everything, count)
-            choice = torch.cat([choice.new_ones(choice.shape[0], prefix), choice], 1).flatten()
-            count = prefix + count
-        flat, state = state.as_packed(x)
+        if state.uniform(x):
+            packed = state.packed
+            x, state = self._keep_best(*state.as_padded(x), selector, layer)
+            return state.as_packed(x) if packed else (x, state)
         here = state.index >= 0
-        if not equal:
-            scores, _ = selector(flat, packed_mean(here, state.cu_seqlens))
-            choice = self._best_of_packed(scores[:, 0], here, state, layer) | ~here
+        scores, _ = selector(x, packed_mean(here, state.cu_seqlens))
+        choice = self._best_of_packed(scores[:, 0], here, state, layer) | ~here
         keep = keep_map(state.index, choice, state.cu_seqlens, state.carry["keep"])
-        flat, state = take_rows(flat, state, choice, count=count)
-        state = state.with_carry(keep=keep, **{f"keep.{layer}": keep})
-        return (flat, state) if packed else state.as_padded(flat)
+        x, state = take_rows(x, state, choice)
+        return x, state.with_carry(keep=keep, **{f"keep.{layer}": keep})
+
+    def _keep_best(self, x, state, selector, layer):
+        """Equally many of every image: padded tokens."""
+        prefix, everything = state.num_prefix, state.carry["keep"]
+        scores, _ = selector(x[:, prefix:], lambda values: values.mean(1, keepdim=True))
+        count = self._count(layer, everything.shape[1])
+        y, order = keep_top_tokens(x, F.pad(scores[..., 0], (prefix, 0)), count, num_prefix=prefix, by_rank=False)
+        state = follow_order(state, order)
+        keep = torch.zeros_like(everything).scatter(1, state.index[:, prefix:].long(), 1)
+        return y, state.with_carry(keep=keep, **{f"keep.{layer}": keep})
 
     def _best_of_packed(self, scores, here, state, layer):
         padded = pad_rows(scores, state.cu_seqlens, state.max_seqlen, -math.inf)

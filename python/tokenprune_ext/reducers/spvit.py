@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..nn import sequence_of_row
 from ._base import register
-from ._gates import gumbel_choice, straight_through
+from ._gates import gumbel_choice, hard_choice, straight_through
 from ._predictors import HeadSelector, TokenPredictor, masked_mean
 from ._stages import StagedPruning, follow_masked, image_sums, keep_map, packed_mean, take_rows
 
@@ -138,19 +138,21 @@ class SPViT(StagedPruning):
         if self._sampled():
             owner = sequence_of_row(cu_seqlens, x.shape[0])
             noise = state.carry[f"noise.{layer}"][owner, index.clamp(min=0).long()]
-        choice = gumbel_choice(scores, noise)[1]
-        dropped = image & ~choice
+        choice = hard_choice(scores, noise)
+        stays = choice | ~image
         weights = probability[:, 0] if self.package != "mean" else torch.ones_like(probability[:, 0])
-        weights = torch.where(dropped, weights, 0)
-        sums = image_sums(torch.cat([x * weights.to(x.dtype)[:, None], weights.to(x.dtype)[:, None]], 1), cu_seqlens)
-        stays, old = ~dropped, None
+        old = None
         if self.package == "accum" and self._made(stage):
             last = (cu_seqlens[1:] - 1).long()
-            old, stays = x[last], stays.scatter(0, last, False)
-        token = _finish(sums[:, :-1], sums[:, -1:], self.package, old)
+            old = x[last]
+            stays, weights = stays.scatter(0, last, False), weights.scatter(0, last, 0)  # the new one replaces it
         keep = keep_map(index, choice, cu_seqlens, before)
-        x, state = take_rows(x, state, stays, made=token)
-        return x, state.with_carry(keep=keep, **{f"keep.{layer}": keep})
+        y, after = take_rows(x, state, stays, weights)
+        if self.package != "sum":
+            total = image_sums(torch.where(stays, 0, weights)[:, None], cu_seqlens).to(x.dtype)
+            last = (after.cu_seqlens[1:] - 1).long()
+            y = y.index_copy(0, last, _finish(y[last], total, self.package, old))
+        return y, after.with_carry(keep=keep, **{f"keep.{layer}": keep})
 
 
 def package_token(
