@@ -19,14 +19,6 @@ using Optional = std::optional<Tensor>;
 
 constexpr int64_t kMost = 1 << 20;  // heads, and their width: products of both must not overflow
 
-Tensor view(const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef sizes,
-            torch::headeronly::IntHeaderOnlyArrayRef strides, int64_t offset) {
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), static_cast<int64_t>(sizes.size()),
-                                                               sizes.data(), strides.data(), offset, &handle));
-  return Tensor(handle);
-}
-
 // Starts of sequences of equal length.
 Tensor equal_starts(const Tensor& like, int64_t batch, int64_t tokens) {
   const Tensor starts = allocate(like, {batch + 1}, ScalarType::Int);

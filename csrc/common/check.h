@@ -107,6 +107,15 @@ inline Tensor inner_contiguous(const Tensor& t) {
   return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
 }
 
+// The same memory, seen otherwise; sizes and strides count elements.
+inline Tensor view(const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                   torch::headeronly::IntHeaderOnlyArrayRef strides, int64_t offset) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), static_cast<int64_t>(sizes.size()),
+                                                               sizes.data(), strides.data(), offset, &handle));
+  return Tensor(handle);
+}
+
 template <typename T>
 const T* data(const Tensor& t) {
   return static_cast<const T*>(t.const_data_ptr());

@@ -121,7 +121,7 @@ def latency_table(
 
 def _selector_of(model):
     """A function of patch tokens that does what the model's reducer does to choose, or None."""
-    from .reducers._predictors import masked_mean
+    from .reducers._predictors import ImageMean
     from .reducers._stages import StagedPruning
 
     reducer = getattr(model, "token_reducer", None)
@@ -129,7 +129,7 @@ def _selector_of(model):
     if not isinstance(modules, nn.ModuleList) or not len(modules):
         return None
     if isinstance(reducer, StagedPruning):
-        return lambda x: modules[0](x, masked_mean(torch.ones_like(x[..., 0])))
+        return lambda x: modules[0](x, ImageMean())
     return modules[0]
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tokenprune_ext import reducers
 from tokenprune_ext.nn import TokenState
+from tokenprune_ext.reducers._predictors import ImageMean
 from torch import nn
 
 from .common import DEPTH, WIDTH, pack_ragged, split, tiny_blocks, tokens, walk
@@ -29,8 +30,7 @@ def loops(blocks, image, reducer):
     for layer, block in enumerate(blocks):
         if layer in reducer.layers:
             stage = reducer.layers.index(layer)
-            mean = lambda values: values.mean(0, keepdim=True).expand_as(values)
-            score = reducer.selectors[stage](patches, mean)[0][:, 0]
+            score = reducer.selectors[stage](patches[None], ImageMean())[0][0, :, 0]
             count = math.floor((len(image) - 1) * reducer.keep[stage])
             best = score.argsort(descending=True)[:count].sort().values
             patches, place = patches[best], place[best]

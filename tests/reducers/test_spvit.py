@@ -8,6 +8,7 @@ import torch
 from tokenprune_ext import reducers
 from tokenprune_ext.nn import TokenState, run_block
 from tokenprune_ext.reducers import package_token
+from tokenprune_ext.reducers._predictors import ImageMean
 from torch import nn
 
 from .common import DEPTH, HEADS, WIDTH, dense, pack_ragged, split, tiny_blocks, tokens, walk
@@ -32,8 +33,7 @@ def loops(blocks, image, reducer, noise):
         if layer in reducer.layers:
             stage = reducer.layers.index(layer)
             rest = torch.cat([patches, packages])
-            mean = lambda values: values.mean(0, keepdim=True).expand_as(values)
-            score, probability = reducer.selectors[stage](rest, mean)
+            score, probability = (t[0] for t in reducer.selectors[stage](rest[None], ImageMean()))
             score = score + noise[layer][torch.cat([place, len(image) - 1 + torch.arange(len(packages))])]
             keep = (score[:, 0] >= score[:, 1])[: len(patches)]
             weight = probability[: len(patches), 0] * ~keep
@@ -180,7 +180,7 @@ def test_training_matches_a_written_out_step():
     leaf = x.detach().requires_grad_()
     z = attend(blocks[0], leaf, torch.ones(2, 17, dtype=x.dtype))
     patches = z[:, 1:]
-    score, probability = reducer.selectors[0](patches, lambda v: v.mean(1, keepdim=True))
+    score, probability = reducer.selectors[0](patches, ImageMean())
     soft = (score + noise).softmax(-1)[..., 0]
     keep = (soft >= 0.5).to(soft) - soft.detach() + soft
     token = (patches * (probability[..., 0] * (1 - keep))[..., None]).sum(1, keepdim=True)

@@ -2,6 +2,7 @@
 """Packed weights: an inference optimisation on the CPU, for dense and reduced models alike."""
 
 import mmap
+from collections.abc import Sequence
 from contextlib import suppress
 
 import torch
@@ -201,9 +202,9 @@ def fusible(layer, x: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor | 
     return layer.take(x, *others) if isinstance(layer, PackedLinear) and not hooked(layer) else None
 
 
-def run_chain(layers: nn.Sequential, x: Tensor) -> Tensor:
-    """``layers(x)``; a packed linear layer takes the LayerNorm in front of it and the activation behind it along."""
-    if hooked(layers):
+def run_chain(layers: nn.Sequential | Sequence[nn.Module], x: Tensor) -> Tensor:
+    """The layers one after another; a packed linear one takes the LayerNorm in front of it and the activation behind it along."""
+    if isinstance(layers, nn.Module) and hooked(layers):
         return layers(x)
     layers, i = list(layers), 0
     while i < len(layers):

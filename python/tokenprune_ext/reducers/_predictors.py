@@ -1,28 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learned token scores of DynamicViT and SPViT. Parameter names are those of the published checkpoints."""
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import run_chain
-from ..ops._register import stat_dtype
+from ..nn import run_chain, sequence_of_row
+from ..nn.packed import activation_name, fusible, hooked, in_one_call, plain_norm
+from ..ops import Matching, merge_tokens
+from ..ops._register import call, stat_dtype
 
 
-def masked_mean(mask: Tensor) -> Callable[[Tensor], Tensor]:
-    """Mean over the tokens of each image with ``mask [B, N]`` = 1, for values ``[B, N, ...]``; 0 where there are none.
+def image_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Sums over the rows of each packed image: ``[T, ...] -> [B, ...]``, in a fixed order."""
+    if cu_seqlens.shape[0] == 2:
+        return values.sum(0, keepdim=True)
+    flat = values.flatten(1)
+    owner = sequence_of_row(cu_seqlens, flat.shape[0]).to(torch.int32)[None]
+    per_image = Matching(owner, owner, owner, owner, cu_seqlens.shape[0] - 1)
+    sums = merge_tokens(flat[None], per_image, mode="sum")[0][0]
+    return sums.view(-1, *values.shape[1:])
 
-    The result keeps the token dimension (of size 1) and broadcasts with the values.
+
+@dataclass(frozen=True)
+class ImageMean:
+    """Mean over the tokens of each image: values ``[B, N, ...]`` or packed ``[T, ...]``; 0 where none counts.
+
+    The result broadcasts with the values.
+
+    Attributes:
+        counted: which tokens count, ``[B, N]`` or ``[T]``: bool, or 1 and 0 (differentiable); None: all.
+        cu_seqlens: starts of the images where the values are packed.
     """
 
-    def mean(values):
-        weights = mask.to(values.dtype).view(*mask.shape, *[1] * (values.dim() - 2))
-        count = weights.sum(1, keepdim=True)
-        return (values * weights).sum(1, keepdim=True) / (count + (count == 0))
+    counted: Tensor | None = None
+    cu_seqlens: Tensor | None = None
 
-    return mean
+    def __call__(self, values: Tensor) -> Tensor:
+        """The means."""
+        counted, starts = self.counted, self.cu_seqlens
+        if counted is None and starts is None:
+            return values.mean(1, keepdim=True)
+        counted = values.new_ones(values.shape[:1]) if counted is None else counted
+        weights = counted.to(values.dtype).view(*counted.shape, *[1] * (values.dim() - counted.dim()))
+        if starts is None:
+            count, sums = weights.sum(1, keepdim=True), (values * weights).sum(1, keepdim=True)
+            return sums / (count + (count == 0))
+        count, sums = image_sums(weights, starts), image_sums(values * weights, starts)
+        return (sums / (count + (count == 0)))[sequence_of_row(starts, values.shape[0])]
 
 
 class TokenPredictor(nn.Module):
@@ -40,13 +67,16 @@ class TokenPredictor(nn.Module):
             nn.Linear(embed_dim, half), nn.GELU(), nn.Linear(half, quarter), nn.GELU(), nn.Linear(quarter, 2)
         )
 
-    def forward(self, x: Tensor, mean: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, mean: ImageMean) -> tuple[Tensor, Tensor]:
         """``(log-probabilities, probabilities)``, both ``[..., 2]`` (keep, drop).
 
         Args:
             x: tokens ``[B, N, C]`` or ``[T, C]``.
-            mean: mean over the tokens of an image that are still there, as :func:`masked_mean` makes it.
+            mean: over the tokens of an image that are still there.
         """
+        whole = _at_once(self, x, mean, 1)
+        if whole is not None:
+            return whole
         scores = run_chain(self.out_conv, _with_pooled(run_chain(self.in_conv, x), mean))
         scores = F.log_softmax(scores.to(stat_dtype(x.dtype)), -1)
         return scores, scores.exp()
@@ -85,15 +115,18 @@ class HeadSelector(nn.Module):
                 nn.Linear(num_heads, squeezed), nn.GELU(), nn.Linear(squeezed, num_heads), nn.Sigmoid()
             )
 
-    def forward(self, x: Tensor, mean: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, mean: ImageMean) -> tuple[Tensor, Tensor]:
         """``(score, keep probability)``, both ``[..., 2]`` (keep, drop): weighted means of log-softmax and of softmax.
 
         The score is not normalised: it is a mean of log-probabilities, not the log of ``keep probability``.
 
         Args:
             x: tokens ``[B, N, C]`` or ``[T, C]``.
-            mean: mean over the tokens of an image that are still there, for values ``[..., H, k]``.
+            mean: over the tokens of an image that are still there.
         """
+        whole = _at_once(self, x, mean, self.num_heads, self.senet)
+        if whole is not None:
+            return whole
         heads = x.unflatten(-1, (self.num_heads, -1))
         logits = run_chain(self.out_conv, _with_pooled(run_chain(self.in_conv, heads), mean)).to(stat_dtype(x.dtype))
         logs = F.log_softmax(logits, -1)
@@ -109,3 +142,26 @@ def _with_pooled(features, mean):
     half = features.shape[-1] // 2
     local, pooled = features[..., :half], mean(features[..., half:])
     return torch.cat([local, pooled.expand(*local.shape[:-1], pooled.shape[-1])], -1)
+
+
+def _at_once(selector, x, mean, num_heads, weigher=None):
+    """``ops.packed_predictor``, or None where a part stands in the way."""
+    if not in_one_call() or hooked(selector.in_conv) or hooked(selector.out_conv):
+        return None
+    if mean.counted is not None and mean.counted.dtype != torch.bool:
+        return None
+    chain = [*selector.in_conv, *selector.out_conv]
+    norm, acts = plain_norm(chain[0]), [chain[2], chain[4], chain[6]]
+    linear = [chain[1], chain[3], chain[5], chain[7]]
+    if weigher is not None:
+        acts.append(weigher[1])
+        linear += [weigher[0], weigher[2]]
+    plain = weigher is None or not (hooked(weigher) or hooked(weigher[3]))
+    if norm is None or not plain or any(hooked(act) or activation_name(act) != "gelu" for act in acts):
+        return None
+    pairs = [fusible(layer, x, *norm[:2]) for layer in linear]
+    if None in pairs:
+        return None
+    pairs += [(None, None)] * (6 - len(pairs))
+    parts = [part for pair in pairs for part in pair]
+    return call("packed_predictor", x.device, x, mean.counted, mean.cu_seqlens, num_heads, *norm, *parts)

@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import TokenState, pad_rows, row_positions, sequence_of_row, split_prefix
-from ..ops import Matching, keep_marked_tokens, merge_tokens
+from ..ops import keep_marked_tokens
 from ..ops._register import stat_dtype
 from ._base import Reducer
 from ._gates import draw_gumbel
-from ._predictors import masked_mean
 from ._trace import restore_by_parent
 
 # Per-token fields of the state, and what a made token gets.
@@ -156,30 +155,6 @@ def ratio_loss(keeps: Sequence[Tensor], targets: Sequence[float], *, per_sample:
     return torch.stack([term.mean() for term in terms]).sum()
 
 
-def image_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Sums over the rows of each packed image: ``[T, ...] -> [B, ...]``, in a fixed order."""
-    if cu_seqlens.shape[0] == 2:
-        return values.sum(0, keepdim=True)
-    flat = values.flatten(1)
-    owner = sequence_of_row(cu_seqlens, flat.shape[0]).to(torch.int32)[None]
-    per_image = Matching(owner, owner, owner, owner, cu_seqlens.shape[0] - 1)
-    sums = merge_tokens(flat[None], per_image, mode="sum")[0][0]
-    return sums.view(-1, *values.shape[1:])
-
-
-def packed_mean(mask: Tensor, cu_seqlens: Tensor):
-    """:func:`masked_mean` for packed rows: ``mask [T]``; values ``[T, ...]`` give ``[T, ...]``."""
-
-    def mean(values):
-        weights = mask.to(values.dtype).view(-1, *[1] * (values.dim() - 1))
-        count = image_sums(mask[:, None].to(values.dtype), cu_seqlens)
-        sums = image_sums(values * weights, cu_seqlens)
-        sums = sums / (count + (count == 0)).view(-1, *[1] * (values.dim() - 1))
-        return sums[sequence_of_row(cu_seqlens, values.shape[0])]
-
-    return mean
-
-
 def take_rows(x: Tensor, state: TokenState, keep: Tensor, weights: Tensor | None = None) -> tuple[Tensor, TokenState]:
     """Kept rows of packed tokens, with weights a row behind each image's that stands for the dropped ones; order stays.
 
@@ -261,11 +236,8 @@ __all__ = [
     "StagedPruning",
     "follow_masked",
     "follow_order",
-    "image_sums",
     "keep_map",
     "keep_targets",
-    "masked_mean",
-    "packed_mean",
     "rank_choice",
     "ratio_loss",
     "take_rows",

@@ -15,8 +15,8 @@ from ..nn import pad_rows, unpad_rows
 from ..ops import keep_top_tokens
 from ._base import register
 from ._gates import gumbel_choice, straight_through
-from ._predictors import TokenPredictor, masked_mean
-from ._stages import StagedPruning, follow_masked, follow_order, keep_map, packed_mean, rank_choice, take_rows
+from ._predictors import ImageMean, TokenPredictor
+from ._stages import StagedPruning, follow_masked, follow_order, keep_map, rank_choice, take_rows
 
 __all__ = ["DynamicViT"]
 
@@ -92,7 +92,7 @@ class DynamicViT(StagedPruning):
 
     def _stage_masked(self, x, state, layer):
         prefix, before = state.num_prefix, state.carry["keep"]
-        scores, _ = self.selectors[self.layers.index(layer)](x[:, prefix:], masked_mean(before))
+        scores, _ = self.selectors[self.layers.index(layer)](x[:, prefix:], ImageMean(before))
         if self._sampled():
             soft, choice = gumbel_choice(scores, state.carry[f"noise.{layer}"])
             keep = straight_through(choice, soft) * before
@@ -110,7 +110,7 @@ class DynamicViT(StagedPruning):
             x, state = self._keep_best(*state.as_padded(x), selector, layer)
             return state.as_packed(x) if packed else (x, state)
         here = state.index >= 0
-        scores, _ = selector(x, packed_mean(here, state.cu_seqlens))
+        scores, _ = selector(x, ImageMean(here, state.cu_seqlens))
         choice = self._best_of_packed(scores[:, 0], here, state, layer) | ~here
         keep = keep_map(state.index, choice, state.cu_seqlens, state.carry["keep"])
         x, state = take_rows(x, state, choice)
@@ -119,7 +119,7 @@ class DynamicViT(StagedPruning):
     def _keep_best(self, x, state, selector, layer):
         """Equally many of every image: padded tokens."""
         prefix, everything = state.num_prefix, state.carry["keep"]
-        scores, _ = selector(x[:, prefix:], lambda values: values.mean(1, keepdim=True))
+        scores, _ = selector(x[:, prefix:], ImageMean())
         count = self._count(layer, everything.shape[1])
         y, order = keep_top_tokens(x, F.pad(scores[..., 0], (prefix, 0)), count, num_prefix=prefix, by_rank=False)
         state = follow_order(state, order)

@@ -9,11 +9,11 @@ tokens as it needs. Where paper and published code differ, this follows the code
 import torch
 from torch import Tensor
 
-from ..nn import sequence_of_row
+from ..nn import row_positions, sequence_of_row
 from ._base import register
 from ._gates import gumbel_choice, hard_choice, straight_through
-from ._predictors import HeadSelector, TokenPredictor, masked_mean
-from ._stages import StagedPruning, follow_masked, image_sums, keep_map, packed_mean, take_rows
+from ._predictors import HeadSelector, ImageMean, TokenPredictor, image_sums
+from ._stages import StagedPruning, follow_masked, keep_map, take_rows
 
 __all__ = ["SPViT", "package_token"]
 
@@ -110,7 +110,7 @@ class SPViT(StagedPruning):
         batch, patches = before.shape
         made = self._made(stage)
         front = torch.cat([before, before.new_ones(batch, made)], 1)
-        scores, probability = self.selectors[stage](x[:, prefix:], masked_mean(front))
+        scores, probability = self.selectors[stage](x[:, prefix:], ImageMean(front))
         noise = state.carry[f"noise.{layer}"][:, :patches] if self._sampled() else None
         soft, choice = gumbel_choice(scores[:, :patches], noise)
         keep = straight_through(choice, soft) * before
@@ -130,10 +130,8 @@ class SPViT(StagedPruning):
         x, state = state.as_packed(x)
         cu_seqlens, index, before = state.cu_seqlens, state.index, state.carry["keep"]
         image = index >= 0
-        front = torch.ones_like(image)
-        for lead in range(state.num_prefix):
-            front = front.scatter(0, (cu_seqlens[:-1] + lead).long(), False)
-        scores, probability = self.selectors[stage](x, packed_mean(front, cu_seqlens))
+        front = row_positions(cu_seqlens, x.shape[0]) >= state.num_prefix
+        scores, probability = self.selectors[stage](x, ImageMean(front, cu_seqlens))
         noise = None
         if self._sampled():
             owner = sequence_of_row(cu_seqlens, x.shape[0])

@@ -13,14 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import TokenState, pad_rows, row_positions, sequence_of_row, unpad_rows
-from ..ops import TokenIndex, scatter_tokens, select_tokens
+from ..nn import TokenState, pad_rows, row_positions, run_chain, sequence_of_row, unpad_rows
+from ..ops import TokenIndex, rank_tokens, scatter_tokens, select_tokens
 from ..ops._register import stat_dtype
 from ._base import Reducer, register
 from ._gates import draw_gumbel, gumbel_choice, straight_through
 
 __all__ = ["MlpSelector", "ScoreSelect"]
 
+_GELU = nn.GELU()
 _MODES = ("sample", "threshold", "topk", "expected")
 
 
@@ -40,7 +41,7 @@ class MlpSelector(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """``[..., C] -> [..., 2]``: log-probabilities (keep, skip)."""
-        hidden = F.gelu(self.mlp["fc1"](self.norm(tokens)))
+        hidden = run_chain((self.norm, self.mlp["fc1"], _GELU), tokens)
         return F.log_softmax(self.mlp["fc2"](hidden).to(stat_dtype(tokens.dtype)), dim=-1)
 
 
@@ -195,35 +196,40 @@ class ScoreSelect(Reducer):
         """Straight-through decisions in [0, 1], ``[B, N]`` or ``[T]``: 0 = skip."""
         front = self._front(state, layer)
         scores = self._scores(x, state, layer)
-        if state.packed:
-            fill = -math.inf if scores.dim() == 1 else 0.0
-            scores = pad_rows(scores, state.cu_seqlens, state.max_seqlen, fill)
-        scores = scores[:, front:]
-        count = torch.full((scores.shape[0],), scores.shape[1], device=x.device)
-        if state.packed:
-            count = state.cu_seqlens.diff() - front
+        if not state.packed:
+            decision = straight_through(*self._choose(scores[:, front:], None, None, state, layer))
+            return F.pad(decision, (front, 0), value=1.0)
+        fill = -math.inf if scores.dim() == 1 else 0.0
+        scores = pad_rows(scores, state.cu_seqlens, state.max_seqlen, fill)[:, front:]
+        count = state.cu_seqlens.diff() - front
         real = torch.arange(scores.shape[1], device=x.device) < count[:, None]
-        soft, hard = self._choose(scores, real, count, state, layer)
-        decision = torch.where(real, straight_through(hard & real, soft), 0)
-        decision = torch.cat([decision.new_ones(decision.shape[0], front), decision], 1)
-        return unpad_rows(decision, state.cu_seqlens, x.shape[0]) if state.packed else decision
+        hard, soft = self._choose(scores, real, count, state, layer)
+        decision = F.pad(torch.where(real, straight_through(hard & real, soft), 0), (front, 0), value=1.0)
+        return unpad_rows(decision, state.cu_seqlens, x.shape[0])
 
     def _choose(self, scores, real, count, state, layer):
-        """(soft value, hard choice) per candidate."""
+        """(hard choice, soft value) per candidate; ``real`` and ``count`` say which there are, None: all."""
         pair = scores.dim() == 3
         if self._sampled():
             logits = scores if pair else torch.stack([scores.log(), (-scores).log1p()], -1)
-            return gumbel_choice(logits, state.carry[f"noise.{layer}"], self.tau)
-        soft = scores.exp()[..., 0] if pair else scores
+            soft, hard = gumbel_choice(logits, state.carry[f"noise.{layer}"], self.tau)
+            return hard, soft
+        soft = scores[..., 0].exp() if pair else scores
         if self.mode == "threshold":
             even = pair and self.threshold == 0.5  # compare the logs: exact at the tie, which means skip
-            return soft, scores[..., 0] > scores[..., 1] if even else soft > self.threshold
-        wanted = (count.double() * self.keep[layer]).ceil()
+            return scores[..., 0] > scores[..., 1] if even else soft > self.threshold, soft
+        known = torch.ones_like(soft, dtype=torch.bool) if real is None else real
         if self.mode == "expected":
-            wanted = torch.where(real, soft.detach(), 0).sum(1).round()
-        rank = torch.where(real & ~soft.isnan(), soft.detach(), -math.inf).argsort(dim=1, descending=True, stable=True)
-        chosen = torch.arange(soft.shape[1], device=soft.device) < wanted[:, None]
-        return soft, torch.zeros_like(real).scatter(1, rank, chosen)
+            wanted = torch.where(known, soft.detach(), 0).sum(1, keepdim=True).round()
+        elif real is None:
+            wanted = math.ceil(self.keep[layer] * soft.shape[1])
+            order, _ = rank_tokens(soft, wanted)
+            return torch.zeros_like(known).scatter(1, order[:, :wanted], True), soft
+        else:
+            wanted = (count.double() * self.keep[layer]).ceil()[:, None]
+        rank = torch.where(known & ~soft.isnan(), soft.detach(), -math.inf).argsort(dim=1, descending=True, stable=True)
+        chosen = torch.arange(soft.shape[1], device=soft.device) < wanted
+        return torch.zeros_like(known).scatter(1, rank, chosen), soft
 
     def _scores(self, x, state, layer):
         """Scores ``[..., ]`` or log-probabilities ``[..., 2]`` of all tokens, prefix included."""

@@ -12,7 +12,7 @@ from tokenprune_ext.models.lvvit import LVViT
 from tokenprune_ext.nn import TokenState, run_block
 from tokenprune_ext.reducers import MlpSelector, create, package_token
 from tokenprune_ext.reducers._gates import gumbel_choice, straight_through
-from tokenprune_ext.reducers._predictors import HeadSelector, TokenPredictor, masked_mean
+from tokenprune_ext.reducers._predictors import HeadSelector, ImageMean, TokenPredictor
 from tokenprune_ext.tasks.classification import losses
 from torch import nn
 
@@ -184,7 +184,7 @@ def dynamicvit_predictor(golden):
     predictor.to(golden.device)
     assert predictor.in_conv[0].eps == golden.config["layernorm_eps"]
     x, policy = golden.leaf("in.x"), golden.leaf("in.policy")
-    score, _ = predictor(x, masked_mean(policy[..., 0]))
+    score, _ = predictor(x, ImageMean(policy[..., 0]))
     leaves = dict(predictor.named_parameters()) | {"x": x, "policy": policy}
     return {"out.score": score} | golden.gradients({"score": score}, leaves)
 
@@ -263,7 +263,7 @@ def spvit_selector(golden):
     selector.to(golden.device)
     assert selector.in_conv[0].eps == config["layernorm_eps"]
     x, policy = golden.leaf("in.x"), golden.leaf("in.policy")
-    score, probability = selector(x, masked_mean(policy[..., 0]))
+    score, probability = selector(x, ImageMean(policy[..., 0]))
     own = dict(selector.named_parameters())
     names = [n.removeprefix("grad.") for n in golden.tensors if n.startswith("grad.")]
     leaves = {"x": x, "policy": policy} | {
