@@ -126,7 +126,7 @@ def ats_step(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-6) -> tuple[Tensor
 class _Bare:
     """An attention branch without its linear layers: the reducers' step alone."""
 
-    logit_scale = DIM**-0.5
+    logit_scale, head_dim = DIM**-0.5, DIM
 
     def __init__(self, q, k, v):
         self._qkv = q, k, v
@@ -136,6 +136,8 @@ class _Bare:
 
     def add_sampled(self, *arguments):
         """Not in one call."""
+
+    add_grouped = add_sampled
 
     def start(self, x, state):
         return *self._qkv, x

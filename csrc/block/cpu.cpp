@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "../common/check.h"
+#include "../common/contents.h"
 #include "../merge/cpu.h"
 #include "../packed/cpu.h"
 #include "../sorting/cpu.h"
@@ -59,7 +59,8 @@ struct Tokens {
     TP_CHECK(dim >= 0 && dim <= kMost, op, "head_dim must be in 0..", kMost, ", got ", dim);
     width = heads * dim, most = padded ? x.size(1) : max_seqlen;
     rows = padded ? x.size(0) * most : indices.has_value() ? indices->numel() : x.size(0);
-    TP_CHECK(!padded || rows <= INT32_MAX, op, "x must have fewer than 2^31 tokens, got ", shape_text(x));
+    TP_CHECK(!padded || (rows <= INT32_MAX && x.size(0) < INT32_MAX), op, "x must have fewer than 2^31 tokens, got ",
+             shape_text(x));
     starts = padded ? equal_starts(x, x.size(0), most) : as_contiguous(*cu_seqlens);
   }
 
@@ -123,6 +124,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> packed_attention_sampled(
   check_dtype(op, "cu_seqlens", tokens.starts, ScalarType::Int);
   const int64_t batch = tokens.starts.numel() - 1, most = tokens.most, channels = x.size(x.dim() - 1);
   TP_CHECK(batch >= 0, op, "cu_seqlens must have at least one entry, got ", shape_text(tokens.starts));
+  check_cu_seqlens(op, "cu_seqlens", tokens.starts, tokens.rows, most, "max_seqlen");
+  for (int64_t b = 0; b < batch; ++b) {
+    const int32_t* length = data<int32_t>(tokens.starts) + b;
+    TP_CHECK(length[1] > length[0], op, "cu_seqlens must give every sequence a class token, got an empty one at ", b);
+  }
   const Tensor qkv =
       packed_linear(x, packed_qkv, 3 * tokens.width, bias_qkv, true, norm_weight, norm_bias, norm_eps, 0, {}, {}, {});
   const Tensor q = tokens.part(qkv, 0), k = tokens.part(qkv, 1), v = tokens.part(qkv, 2);

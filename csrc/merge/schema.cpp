@@ -15,7 +15,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tokenprune, m) {
   m.def(
       "merge_tokens_backward(Tensor grad, Tensor x, Tensor y, Tensor parent, Tensor? size, Tensor size_out, "
       "Tensor? grad_size_out, int mode) -> (Tensor grad_x, Tensor grad_size)");
-  // A whole step on the CPU: matching by metric, merging weighted by size (absent: ones), log of the sizes for the next
+  // A whole step: matching by metric, merging weighted by size (absent: ones), log of the sizes for the next
   // attention.
   m.def(
       "match_and_merge(Tensor x, Tensor metric, SymInt r, Tensor? size, bool class_token, bool distill_token, "

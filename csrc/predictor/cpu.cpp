@@ -26,6 +26,7 @@ struct Layer {
 // Where each image starts; the last one ends with the tokens.
 std::vector<int64_t> image_starts(const char* op, const Tensor& x, const Optional& cu_seqlens, int64_t tokens) {
   std::vector<int64_t> starts;
+  TP_CHECK(x.size(0) < INT32_MAX, op, "x must have fewer than 2^31 rows, got ", shape_text(x));
   if (!cu_seqlens.has_value()) {
     for (int64_t b = 0; b <= x.size(0); ++b) starts.push_back(b * x.size(1));
     return starts;
@@ -64,7 +65,8 @@ std::tuple<Tensor, Tensor> packed_predictor(const Tensor& input, const Optional&
   check_floating(op, "x", input);
   const Tensor x = as_contiguous(input);
   const int64_t channels = x.size(x.dim() - 1), tokens = padded ? x.size(0) * x.size(1) : x.size(0);
-  TP_CHECK(heads >= 1 && channels % heads == 0, op, "num_heads must divide the channels (", channels, "), got ", heads);
+  TP_CHECK(channels > 0 && heads >= 1 && channels % heads == 0, op, "num_heads must divide the channels (", channels,
+           "), got ", heads);
   TP_CHECK(packed_s0.has_value() == packed_s1.has_value(), op,
            "packed_s1 must be given with packed_s0, got one of them");
   const std::vector<int64_t> starts = image_starts(op, x, cu_seqlens, tokens);

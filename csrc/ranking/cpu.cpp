@@ -34,7 +34,8 @@ Tensor rank_patches(const char* op, const Tensor& score, int64_t num_prefix) {
   check_floating(op, "score", score);
   TP_CHECK(num_prefix >= 0 && num_prefix <= score.size(1), op, "num_prefix must be in [0, ", score.size(1), "], got ",
            num_prefix);
-  TP_CHECK(score.numel() <= INT32_MAX, op, "score must have fewer than 2^31 entries, got ", shape_text(score));
+  TP_CHECK(score.size(0) < INT32_MAX && score.numel() < INT32_MAX, op,
+           "score must have fewer than 2^31 rows and entries, got ", shape_text(score));
   const Tensor from = inner_contiguous(score);
   const Tensor negative = allocate(from, {from.size(0), from.size(1) - num_prefix});
   switch (from.element_size()) {
@@ -99,11 +100,10 @@ std::tuple<Tensor, Tensor> keep_top_tokens(const Tensor& x_, const Tensor& score
       std::memcpy(to + (b * rows + i) * row_bytes, from + (b * tokens + chosen[i]) * row_bytes, row_bytes);
     }
     if (!fuse) return;
-    std::vector<int32_t> rest(dropped);
-    for (int64_t i = 0; i < dropped; ++i) rest[i] = static_cast<int32_t>(num_prefix + places[keep + i]);
+    const int64_t first = b * tokens + num_prefix;  // ranks count from there
     FuseParams p;
-    p.x = from + b * tokens * row_bytes, p.weights = weights + b * tokens * score.element_size();
-    p.dropped = rest.data(), p.count = dropped, p.channels = channels;
+    p.x = from + first * row_bytes, p.weights = weights + first * score.element_size();
+    p.dropped = places + keep, p.count = dropped, p.channels = channels;
     p.out = to + (b * rows + count) * row_bytes;
     table.fuse(dtype, p);
   });
@@ -134,14 +134,16 @@ std::tuple<Tensor, Tensor, Tensor> keep_marked_tokens(const Tensor& x_, const Te
     check_device(op, "weights", *weights_, x);
     weights = as_contiguous(*weights_);
   }
-  const bool fuse = weights.has_value(), *marked = data<bool>(keep);
+  const bool fuse = weights.has_value();
+  const uint8_t* marked = static_cast<const uint8_t*>(keep.const_data_ptr());  // any byte but 0 is true
   const int32_t* from = data<int32_t>(starts);
   TP_CHECK(tokens + batch <= INT32_MAX, op, "x must have fewer than 2^31 rows, got ", shape_text(x));
   Tensor cu_out = allocate(x, {batch + 1}, ScalarType::Int);
   int32_t* to = mutable_data<int32_t>(cu_out);
   to[0] = 0;
   for (int64_t b = 0; b < batch; ++b) {
-    to[b + 1] = to[b] + fuse + static_cast<int32_t>(std::count(marked + from[b], marked + from[b + 1], true));
+    const auto dropped = std::count(marked + from[b], marked + from[b + 1], 0);
+    to[b + 1] = to[b] + fuse + from[b + 1] - from[b] - static_cast<int32_t>(dropped);
   }
   Tensor y = allocate(x, {to[batch], channels}), source = allocate(x, {to[batch]}, ScalarType::Int);
   const Dtype dtype = kernel_dtype(op, x.scalar_type());
@@ -149,22 +151,22 @@ std::tuple<Tensor, Tensor, Tensor> keep_marked_tokens(const Tensor& x_, const Te
   const int64_t row_bytes = channels * x.element_size();
   const char* rows = static_cast<const char*>(x.const_data_ptr());
   char* out = static_cast<char*>(y.mutable_data_ptr());
+  std::vector<int32_t> others(fuse ? tokens : 0);  // dropped tokens, in the places of their sequences
   parallel_items(batch, tokens * channels / 8 / (batch > 0 ? batch : 1), [&](int64_t b) {
-    int32_t* place = mutable_data<int32_t>(source) + to[b];
-    std::vector<int32_t> rest;
+    int32_t *place = mutable_data<int32_t>(source) + to[b], *rest = others.data() + from[b], dropped = 0;
     for (int32_t t = from[b]; t < from[b + 1]; ++t) {
-      if (marked[t]) {
+      if (marked[t] != 0) {
         std::memcpy(out + (place - data<int32_t>(source)) * row_bytes, rows + t * row_bytes, row_bytes);
         *place++ = t;
       } else if (fuse) {
-        rest.push_back(t);
+        rest[dropped++] = t;
       }
     }
     if (!fuse) return;
     *place = -1;
     FuseParams p;
-    p.x = rows, p.weights = weights->const_data_ptr(), p.dropped = rest.data();
-    p.count = static_cast<int64_t>(rest.size()), p.channels = channels;
+    p.x = rows, p.weights = weights->const_data_ptr(), p.dropped = rest;
+    p.count = dropped, p.channels = channels;
     p.out = out + (place - data<int32_t>(source)) * row_bytes;
     table.fuse(dtype, p);
   });

@@ -196,6 +196,7 @@ struct SequenceCall {
     check_dtype(op, "initial", initial, ScalarType::Bool);
     check_device(op, "initial", initial, v);
     p.points = initial.size(1) - num_prefix;
+    TP_CHECK(initial.size(1) <= INT32_MAX, op, "initial must have fewer than 2^31 columns, got ", shape_text(initial));
     TP_CHECK(p.points >= 0, op, "initial must have the prefix (", num_prefix, ") in every row, got ",
              shape_text(initial));
     p.initial = data<bool>(held.emplace_back(as_contiguous(initial)));
@@ -220,7 +221,8 @@ struct GroupCall {
   GroupCall(const char* op, const Tensor& x, const Tensor& projection, const Tensor& offset, double width, double scale,
             const std::optional<Tensor>& valid) {
     check_dim(op, "x", x, 3, "[R, N, D]");
-    p.rows = x.size(0), p.tokens = x.size(1);
+    p.rows = x.size(0), p.tokens = p.longest = x.size(1);
+    TP_CHECK(p.tokens <= INT32_MAX, op, "x must have rows of less than 2^31 tokens, got ", p.tokens);
     set(op, x, projection, offset, width, scale);
     p.sequence_stride = held[0].stride(0), p.token_stride = held[0].stride(1);
     if (valid.has_value()) {
@@ -229,7 +231,7 @@ struct GroupCall {
       check_size(op, "valid", *valid, 1, p.tokens);
       check_dtype(op, "valid", *valid, ScalarType::Bool);
       check_device(op, "valid", *valid, x);
-      p.valid = data<bool>(held.emplace_back(as_contiguous(*valid)));
+      p.valid = static_cast<const uint8_t*>(held.emplace_back(as_contiguous(*valid)).const_data_ptr());
     }
   }
 
@@ -240,7 +242,9 @@ struct GroupCall {
     check_dim(op, "cu_seqlens", cu_seqlens, 1, "[B + 1]");
     check_dtype(op, "cu_seqlens", cu_seqlens, ScalarType::Int);
     TP_CHECK(cu_seqlens.numel() >= 1, op, "cu_seqlens must have at least one entry, got ", shape_text(cu_seqlens));
+    TP_CHECK(max_seqlen >= 0 && max_seqlen <= INT32_MAX, op, "max_seqlen must be in 0..2^31 - 1, got ", max_seqlen);
     p.heads = x.size(1), p.rows = (cu_seqlens.numel() - 1) * p.heads, p.tokens = max_seqlen;
+    p.longest = std::min(max_seqlen, x.size(0));
     set(op, x, projection, offset, width, scale);
     p.token_stride = held[0].stride(0), p.head_stride = held[0].stride(1);
     const Tensor& starts = held.emplace_back(as_contiguous(cu_seqlens));
@@ -253,8 +257,6 @@ struct GroupCall {
            double scale) {
     held.reserve(4);
     check_floating(op, "x", x);
-    TP_CHECK(p.tokens >= 0 && p.tokens < (int64_t{1} << 31), op, "x must have rows of less than 2^31 tokens, got ",
-             p.tokens);
     TP_CHECK(width > 0, op, "width must be positive, got ", width);
     p.x = held.emplace_back(inner_contiguous(x)).const_data_ptr();
     p.dim = x.size(2), p.width = width, p.scale = scale;
@@ -267,7 +269,8 @@ struct GroupCall {
     p.ids = mutable_data<int32_t>(ids), p.counts = mutable_data<int32_t>(counts), p.found = found.data();
   }
 
-  static constexpr int64_t kPadding = 16;  // lanes of the widest vector; a hash of zeros adds nothing to a code
+  // Lanes of the widest vector. Behind the first hash one of zeros adds nothing to a code, nor does one of NaN.
+  static constexpr int64_t kPadding = 16;
 
   static int64_t check_draws(const char* op, const Tensor& x, const Tensor& projection, const Tensor& offset) {
     check_dim(op, "projection", projection, 2, "[D, L]");

@@ -19,9 +19,9 @@ struct GroupScratch {
 
   GroupScratch(const GroupParams& p, char* base) {
     Arena arena{base};
-    wide = arena.take<C>(kHashStrip * p.dim), hashes = arena.take<C>(p.tokens * p.hashes);
-    keys = arena.take<uint64_t>(p.tokens), tokens = arena.take<int32_t>(p.tokens);
-    order = arena.take<int32_t>(p.tokens), other = arena.take<int32_t>(p.tokens);
+    wide = arena.take<C>(kHashStrip * p.dim), hashes = arena.take<C>(p.longest * p.hashes);
+    keys = arena.take<uint64_t>(p.longest), tokens = arena.take<int32_t>(p.longest);
+    order = arena.take<int32_t>(p.longest), other = arena.take<int32_t>(p.longest);
     bytes = arena.next - base;
   }
 };
@@ -102,10 +102,9 @@ void group_row(const GroupParams& p, int64_t row, char* memory) {
   const GroupScratch<Compute<T>> scratch(p, memory);
   int32_t *ids = p.ids + row * p.tokens, *counts = p.counts + row * p.tokens, found = 0;
   int64_t n = 0;
-  for (int64_t t = 0; t < p.tokens; ++t) {
-    ids[t] = -1, counts[t] = 0;
-    scratch.tokens[n] = static_cast<int32_t>(t);
-    n += t < p.length(row) && (p.valid == nullptr || p.valid[row * p.tokens + t]);
+  for (int64_t t = 0; t < p.tokens; ++t) ids[t] = -1, counts[t] = 0;
+  for (int64_t t = 0; t < p.length(row); ++t) {
+    if (p.valid == nullptr || p.valid[row * p.tokens + t] != 0) scratch.tokens[n++] = static_cast<int32_t>(t);
   }
   if (n > 0) {
     hash_row(p, static_cast<const T*>(p.x) + p.first(row), p.length(row), scratch);

@@ -22,7 +22,7 @@ bool significance(Dtype dtype, const SequenceParams& p, int64_t begin, int64_t e
 int64_t group_scratch(Dtype dtype, const GroupParams& p) {
   int64_t bytes = 0;
   visit(dtype, [&]<typename T>() {
-    const int64_t sums = p.tokens * p.dim * static_cast<int64_t>(sizeof(Compute<T>));
+    const int64_t sums = p.longest * p.dim * static_cast<int64_t>(sizeof(Compute<T>));
     bytes = GroupScratch<Compute<T>>(p, nullptr).bytes;
     bytes = bytes > sums ? bytes : sums;
   });

@@ -61,10 +61,10 @@ struct GroupParams {        // rows of tokens that hash alike; row r is head r %
   const void* x = nullptr;  // unit inner stride
   int64_t sequence_stride = 0, head_stride = 0, token_stride = 0, heads = 1, dim = 0;
   const int32_t* cu_seqlens = nullptr;  // [sequences + 1] or null: all sequences have `tokens`, a stride apart
-  int64_t rows = 0, tokens = 0, hashes = 0;
-  const void *projection = nullptr, *offset = nullptr;  // [dim, hashes], [hashes] stat dtype; whole vectors
+  int64_t rows = 0, tokens = 0, hashes = 0, longest = 0;  // no row is longer than the last, whatever `tokens` allows
+  const void *projection = nullptr, *offset = nullptr;    // [dim, hashes], [hashes] stat dtype; whole vectors
   double width = 1, scale = 1;
-  const bool* valid = nullptr;                                  // [rows, tokens] or null
+  const uint8_t* valid = nullptr;                               // [rows, tokens], 0 hides, or null
   int32_t *ids = nullptr, *counts = nullptr, *found = nullptr;  // results: [rows, tokens] twice, groups [rows]
 
   int64_t length(int64_t row) const {

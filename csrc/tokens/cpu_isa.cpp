@@ -27,8 +27,9 @@ int64_t compact(const bool* mask, int64_t n, int64_t base, int32_t* out, int64_t
     }
   }
 #endif
+  const uint8_t* flags = reinterpret_cast<const uint8_t*>(mask);  // a byte of neither 0 nor 1 is true as well
   for (; i < n; ++i) {
-    if (!mask[i]) continue;
+    if (flags[i] == 0) continue;
     if (count < room) out[count] = static_cast<int32_t>(base + i);
     ++count;
   }

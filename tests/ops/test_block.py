@@ -690,6 +690,11 @@ def test_direct_calls_of_sampled_attention_are_checked():
         ({"x": x[0], "cu": cu[None], "most": 3}, "cu_seqlens must have shape"),
         ({"initial": initial.float()}, "initial must be bool"),
         ({"prefix": 4, "initial": torch.ones(1, 9) > 0}, "num_prefix must be at most every sequence length"),
+        (
+            {"x": x[0], "cu": torch.tensor([0, 3, 3]).int(), "most": 3},
+            "every sequence a class token, got an empty one at 1",
+        ),
+        ({"x": x[0], "cu": cu * 2, "most": 6}, "cu_seqlens must end within the 3 rows"),
     ]:
         with pytest.raises(RuntimeError, match=message):
             call(**wrong)
@@ -774,6 +779,8 @@ def test_direct_calls_of_grouped_attention_are_checked():
         return torch.ops.tokenprune.packed_attention_grouped(x, *parts, cu, most, bias, 0.5, projection, offset, width)
 
     assert torch.equal(call()[0][0], call(x[0], cu=cu, most=3)[0])
+    y, ids = call(x[0], cu=cu, most=100000)  # a bound may be far too large
+    assert torch.equal(y, call()[0][0]) and bool((ids[..., 3:] == -1).all())
     for wrong, message in [
         ({"heads": -1}, "num_heads must be in"),
         ({"heads": 3}, "packed must hold a float32 weight"),
@@ -783,6 +790,7 @@ def test_direct_calls_of_grouped_attention_are_checked():
         ({"x": x[0], "cu": cu[None], "most": 3}, "cu_seqlens must have shape"),
         ({"x": x[0], "cu": cu, "most": 2}, "max_seqlen must be at least"),
         ({"x": x[0], "cu": cu + 1, "most": 4}, "cu_seqlens must start at 0"),
+        ({"x": x[0], "cu": cu, "most": 1 << 31}, "max_seqlen must be in"),
         ({"bias": torch.zeros(4)}, "key_bias must have size 3"),
         ({"bias": torch.zeros(3).half()}, "key_bias must be float32"),
         ({"projection": torch.randn(5, 5)}, "projection must have size 4"),

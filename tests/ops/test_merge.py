@@ -5,8 +5,9 @@ import math
 
 import torch
 from tokenprune_ext import ops
+from tokenprune_ext.ops.merge import _composed_step
 
-from tests.conformance import Conformance, OpSpec, Sample
+from tests.conformance import Conformance, OpSpec, Sample, assert_same, needs_library
 
 raw = torch.ops.tokenprune
 
@@ -396,3 +397,13 @@ SPECS = [
 
 class TestBattery(Conformance):
     specs = SPECS
+
+
+@needs_library
+def test_a_whole_step_made_of_its_parts():
+    """What runs on CUDA under the op's name."""
+    x, keys = torch.randn(2, 33, 8), torch.randn(2, 33, 3, 4)
+    size = torch.randint(1, 5, (2, 33)).float()
+    for given, metric in ((size, keys), (None, keys.mean(2))):
+        arguments = x, metric, 7, given, True, False, 0
+        assert_same(_composed_step(*arguments), raw.match_and_merge(*arguments), exact=False)

@@ -168,6 +168,7 @@ def test_direct_calls_are_checked():
         ({"x": x.int()}, "x must be float32"),
         ({"heads": 3}, r"num_heads must divide the channels \(8\), got 3"),
         ({"heads": 0}, "num_heads must divide the channels"),
+        ({"x": torch.empty(1 << 24, 0), "cu": starts[:1], "heads": 1 << 40}, "num_heads must divide the channels"),
         ({"heads": 2}, "packed must hold a float32 weight"),
         ({"counted": torch.ones(5)}, "counted must be bool"),
         ({"counted": torch.ones(4) > 0}, r"counted must have one entry per token \(5\)"),

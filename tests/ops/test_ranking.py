@@ -259,6 +259,13 @@ def test_dropped_tokens_alone_are_fused():
         assert y[0, 2].item() == 2 * 0.5 + 3 * 0.25
 
 
+def test_no_sequences_have_no_gradients():
+    x, weights = torch.randn(3, 2, requires_grad=True), torch.rand(3, requires_grad=True)
+    y, *_ = ops.keep_marked_tokens(x, torch.ones(3) > 0, torch.zeros(1, dtype=torch.int32), weights)
+    grads = torch.autograd.grad(y.sum(), (x, weights), allow_unused=True)
+    assert not any(grad is not None and grad.any() for grad in grads)
+
+
 def test_running_scores_are_differentiable():
     score, latest = (torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     index = torch.tensor([2, -1, 0, 3], dtype=torch.int32)
@@ -326,6 +333,23 @@ def test_errors_of_running_scores():
     index = torch.tensor([0, 3], dtype=torch.int32)
     expect(ValueError, "running_scores", r"latest must have shape \[2\]", call, score, score, 0.5, index)
     expect(TypeError, "running_scores", "index must be int32 or int64", call, score, score, 0.5, score)
+
+
+@needs_library
+@pytest.mark.parametrize("byte", [2, 128, 255])
+def test_any_byte_but_zero_marks_a_token(byte):
+    """Masks of images come as 0 and 255."""
+    marks = torch.arange(300) % 3 == 0
+    odd = (marks.to(torch.uint8) * byte).view(torch.bool)
+    x, starts = torch.randn(300, 4), torch.tensor([0, 120, 300], dtype=torch.int32)
+    for weights in (None, torch.rand(300)):
+        for got, expected in zip(*(ops.keep_marked_tokens(x, keep, starts, weights) for keep in (odd, marks))):
+            assert torch.equal(got, expected)
+    draws = torch.randn(4, 3), torch.rand(3)
+    for got, expected in zip(*(ops.hash_groups(x[None], *draws, valid=valid[None]) for valid in (odd, marks))):
+        assert torch.equal(got, expected)
+    for got, expected in zip(*(torch.ops.tokenprune.select_tokens(keep[None]) for keep in (odd, marks))):
+        assert torch.equal(got, expected)
 
 
 @needs_library

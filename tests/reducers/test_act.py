@@ -3,11 +3,14 @@
 
 import math
 from functools import partial
+from unittest import mock
 
 import pytest
+import tokenprune_ext
 import torch
 from tokenprune_ext import reducers
 from tokenprune_ext.nn import TokenState
+from tokenprune_ext.ops._register import call
 from tokenprune_ext.reducers.act import (
     Groups,
     act_attention,
@@ -16,6 +19,8 @@ from tokenprune_ext.reducers.act import (
     act_groups,
     act_weighted_sum,
 )
+
+from tests.conformance import needs_library
 
 from . import test_protocol as protocol
 from .common import DEPTH, HEADS, WIDTH, compile_over_counts, dense, pack_ragged, split, tiny_blocks, tokens, walk
@@ -214,6 +219,30 @@ def test_ragged_batch_equals_single_images(options):
         single, _ = walk(blocks, image, reducer, TokenState(num_prefix=1, carry=state.carry))
         torch.testing.assert_close(part, single[0], atol=1e-10, rtol=1e-10)
     assert torch.isfinite(torch.autograd.grad(y.sum(), x)[0]).all()
+
+
+@needs_library
+@pytest.mark.parametrize("layout", ["padded", "ragged", "one", "hidden"])
+def test_packed_weights_group_in_one_call(layout):
+    blocks, reducer = tokenprune_ext.pack(tiny_blocks()).requires_grad_(False), make(layers=[0, 2], q_hashes=4)
+    x, state = tokens(1 if layout == "one" else 3, 18), TokenState(num_prefix=1)
+    if layout == "ragged":
+        x, state = pack_ragged([tokens(1, count, seed=count) for count in (17, 1, 12, 23)])
+    elif layout == "hidden":
+        state = state.replace(key_bias=torch.where(torch.arange(18) < 9, 0.0, -math.inf).double().expand(3, -1))
+    state = reducer.begin(x, state)[1]
+    for name in state.carry:  # draws are constants
+        state.carry[name].requires_grad_()
+    with mock.patch("tokenprune_ext.nn.block.call", wraps=call) as calls:
+        y, after = walk(blocks, x, reducer, state)
+    assert [c.args[0] for c in calls.mock_calls] == ["packed_attention_grouped", "packed_attention"] * 2
+    assert not y.requires_grad
+    with mock.patch("tokenprune_ext.nn.block.in_one_call", return_value=False):
+        expected, same = walk(blocks, x, reducer, state)
+    torch.testing.assert_close(y, expected, atol=1e-12, rtol=1e-12)
+    for layer in (0, 2):
+        ids = after.carry[f"act.q_groups.{layer}"]
+        assert torch.equal(ids, same.carry[f"act.q_groups.{layer}"]) and 0 < int(ids.max()) < 17
 
 
 def test_hidden_keys_are_not_attended():

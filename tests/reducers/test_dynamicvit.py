@@ -4,6 +4,7 @@
 import math
 
 import pytest
+import tokenprune_ext
 import torch
 from tokenprune_ext import reducers
 from tokenprune_ext.nn import TokenState
@@ -66,6 +67,28 @@ def test_ragged_batch_equals_single_images():
         for image, part in zip(images, split(y, after)):
             alone, _ = walk(blocks, image, reducer)
             torch.testing.assert_close(part, alone[0], atol=1e-10, rtol=1e-10)
+
+
+def test_one_packed_image_keeps_the_share_of_its_own_tokens():
+    """However far away the bound of the lengths is."""
+    blocks, image = tiny_blocks(), tokens(1, 17)
+    x, state = pack_ragged([image])
+    with torch.no_grad():
+        y, _ = walk(blocks, image, make())
+        z, after = walk(blocks, x, make(), state.replace(max_seqlen=40))
+    assert after.cu_seqlens.tolist() == [0, y.shape[1]]
+    torch.testing.assert_close(z, y[0], atol=1e-10, rtol=1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("packed", [False, True])
+def test_packed_weights_change_nothing_but_rounding(packed):
+    blocks, reducer, x, state = tiny_blocks(), make(), tokens(2), None
+    if packed:
+        x, state = pack_ragged([tokens(1, count, seed=count) for count in (17, 6, 12)])
+    y, _ = walk(blocks, x, reducer, state)
+    z, _ = walk(tokenprune_ext.pack(blocks), x, tokenprune_ext.pack(reducer), state)
+    torch.testing.assert_close(z, y, atol=1e-10, rtol=1e-10)
 
 
 def test_published_counts():

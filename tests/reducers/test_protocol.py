@@ -145,7 +145,7 @@ def test_packed_weights_change_nothing(name, options, flat):
     with torch.no_grad():
         x, state = state.as_packed(x) if flat else (x, state)
         expected, _ = walk(blocks, x, reducer, state)
-        got, _ = walk(pack(blocks), x, reducer, state)
+        got, _ = walk(pack(blocks), x, pack(reducer), state)
     assert blocks[0].parts().attention.is_packed
     torch.testing.assert_close(got, expected, atol=1e-10, rtol=1e-10)
 

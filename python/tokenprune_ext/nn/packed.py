@@ -204,7 +204,7 @@ def fusible(layer, x: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor | 
 
 def run_chain(layers: nn.Sequential | Sequence[nn.Module], x: Tensor) -> Tensor:
     """The layers one after another; a packed linear one takes the LayerNorm in front of it and the activation behind it along."""
-    if isinstance(layers, nn.Module) and hooked(layers):
+    if isinstance(layers, nn.Module) and (hooked(layers) or layers._backward_hooks or layers._backward_pre_hooks):
         return layers(x)
     layers, i = list(layers), 0
     while i < len(layers):

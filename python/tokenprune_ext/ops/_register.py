@@ -27,7 +27,7 @@ def register(name, *, fake, reference=None, setup_context=None, backward=None, f
         backward: autograd formula. Ops without one raise when differentiated.
         flops: flop formula, called with the op's arguments (not shapes) and ``out_val``; serves all overloads.
         vmap: batching rule; see ``torch.library.register_vmap``.
-        composed: the op is made of others on CUDA: there the reference is its kernel.
+        composed: the op is made of others on CUDA: its kernel there is the reference, or this function.
     """
     if reference is not None:
         _references[name] = reference
@@ -39,7 +39,7 @@ def register(name, *, fake, reference=None, setup_context=None, backward=None, f
     _ops[name] = overload
     torch.library.register_fake(qualified, fake)
     if composed and _library.cuda_loaded():
-        torch.library.impl(qualified, "CUDA", reference)
+        torch.library.impl(qualified, "CUDA", _contiguous(reference if composed is True else composed))
     mutable = overload._schema.is_mutable
     if not mutable:
         torch.library.register_autograd(
@@ -51,6 +51,16 @@ def register(name, *, fake, reference=None, setup_context=None, backward=None, f
         from torch.utils.flop_counter import register_flop_formula
 
         register_flop_formula(overload.overloadpacket, get_raw=True)(flops)
+
+
+def _contiguous(function):
+    """``function`` with the layout that kernels and fakes have."""
+
+    def kernel(*args):
+        out = function(*args)
+        return tuple(t.contiguous() for t in out) if isinstance(out, tuple) else out.contiguous()
+
+    return kernel
 
 
 def batched(tensor, dim, size):

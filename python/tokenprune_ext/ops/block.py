@@ -203,7 +203,8 @@ def packed_attention_grouped(
     if key_bias is not None:
         key_bias = key_bias.to(stat_dtype(x.dtype))
     scale = default_scale(head_dim) if scale is None else scale
-    tail = num_heads, head_dim, cu_seqlens, max_seqlen, key_bias, scale, projection, offset, float(width)
+    draws = projection.detach(), offset.detach()  # groups are constants
+    tail = num_heads, head_dim, cu_seqlens, max_seqlen, key_bias, scale, *draws, float(width)
     return call(op, x.device, x, *norm, *qkv, *proj, layer_scale, *tail)
 
 

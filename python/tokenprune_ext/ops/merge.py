@@ -427,6 +427,14 @@ def _reference_step(x, metric, r, size, class_token, distill_token, num_prefix):
     return y, size, size.log(), parent
 
 
+def _composed_step(x, metric, r, size, class_token, distill_token, num_prefix):
+    metric = metric.mean(2) if metric.dim() == 4 else metric
+    parent = torch.ops.tokenprune.bipartite_soft_matching(metric, r, class_token, distill_token, num_prefix)[3]
+    mode = _MODES["mean" if size is None else "weighted"]
+    y, size = torch.ops.tokenprune.merge_tokens(x, parent, x.shape[1] - r, size, mode)
+    return y, size, size.log(), parent
+
+
 def _flops_step(x, metric, *args, out_val=None, **kwargs):
     batch, tokens = x.shape[:2]
     return _flops_nearest((tokens + 1) // 2, tokens // 2, metric.shape[-1], batch)
@@ -464,5 +472,5 @@ register(
     setup_context=_setup_step,
     backward=_backward_step,
     flops=_flops_step,
-    composed=True,
+    composed=_composed_step,
 )

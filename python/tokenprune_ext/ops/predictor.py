@@ -42,7 +42,7 @@ def packed_predictor(
         weigher: likewise ``[H // 2, H]`` (then GELU) and ``[H, H // 2]`` (then a sigmoid): from the mean of each head's
             channels the weight that the head has for this token.
         counted: bool ``[B, N]`` or ``[T]``: the tokens that the means are of (default all); 0 where there are none.
-        cu_seqlens: int32 ``[B + 1]``, starts of the sequences of packed tokens.
+        cu_seqlens: int32 ``[B + 1]``, starts of the sequences of packed tokens; rows behind the last one belong to it.
 
     Returns:
         ``(scores, probabilities)``, both ``[..., 2]`` (keep, drop), float32 (float64 for a float64 x): means of log-softmax
@@ -60,7 +60,7 @@ def packed_predictor(
     else:
         check(x.dim() == 2, op, "x", "have shape [T, C] with cu_seqlens", tuple(x.shape))
         cu_seqlens = check_index(op, "cu_seqlens", cu_seqlens, x.device)
-    fits = num_heads >= 1 and x.shape[-1] % num_heads == 0
+    fits = x.shape[-1] > 0 and num_heads >= 1 and x.shape[-1] % num_heads == 0
     check(fits, op, "num_heads", "divide the channels ({})", num_heads, x.shape[-1])
     if counted is not None:
         check(counted.dtype == torch.bool, op, "counted", "be bool", counted.dtype, error=TypeError)

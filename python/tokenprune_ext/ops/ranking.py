@@ -181,17 +181,18 @@ def _fake_running(score, latest, rows, weight):
 
 def _setup_keep(ctx, inputs, output):
     x, score, _, _, ctx.fuse, _ = inputs
-    ctx.save_for_backward(x, score, output[1])
+    ctx.shape = x.shape
+    ctx.save_for_backward(*(x, score) if ctx.fuse else (None, None), output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward_keep(ctx, grad, _):
     x, score, order = ctx.saved_tensors
-    (batch, tokens, _), count = x.shape, order.shape[1]
-    starts = torch.arange(batch, device=x.device)[:, None] * tokens
+    (batch, tokens, _), count = ctx.shape, order.shape[1]
+    starts = torch.arange(batch, device=order.device)[:, None] * tokens
     rows = (order + starts).flatten().to(torch.int32)
     kept = grad[:, :count].flatten(0, 1)
-    grad_x = torch.ops.tokenprune.gather_tokens_backward(kept, rows, batch * tokens).view(x.shape)
+    grad_x = torch.ops.tokenprune.gather_tokens_backward(kept, rows, batch * tokens).view(ctx.shape)
     if not ctx.fuse:
         return grad_x, *(None,) * 5
     fused = grad[:, count:].to(score.dtype)
@@ -209,7 +210,7 @@ def _backward_marked(ctx, grad, *_):
     x, keep, cu_seqlens, weights, source, cu_out = ctx.saved_tensors
     grad_x = torch.ops.tokenprune.gather_tokens_backward(grad, source, x.shape[0])
     if weights is None or cu_seqlens.shape[0] == 1:
-        return grad_x, None, None, weights
+        return grad_x, None, None, None if weights is None else torch.zeros_like(weights)
     row = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
     fused = grad[cu_out[1:].long() - 1][_owners(cu_seqlens, row)].to(weights.dtype)
     dropped = (~keep & (row < cu_seqlens[-1])).to(weights.dtype)
@@ -219,11 +220,6 @@ def _backward_marked(ctx, grad, *_):
 
 def _flops_keep(x, score, num_prefix, keep, fuse, by_rank, *, out_val=None, **kwargs):
     return 2 * int(fuse) * (x.shape[1] - num_prefix - keep) * x.shape[0] * x.shape[2]
-
-
-def _flops_marked(x, keep, cu_seqlens, weights, *, out_val=None, **kwargs):
-    dropped = x.shape[0] - out_val[0].shape[0] + cu_seqlens.shape[0] - 1
-    return 0 if weights is None else 2 * dropped * x.shape[1]
 
 
 # ---------------------------------------------------------------- reference
@@ -244,7 +240,8 @@ def _reference_keep(x, score, num_prefix, keep, fuse, by_rank):
     order = order if by_rank else order.sort(1)[0]
     y = x.gather(1, order[..., None].expand(-1, -1, x.shape[-1]))
     if fuse:  # in float32: PyTorch's product of such a thin matrix is slow in bfloat16
-        fused = score.scatter(1, order, 0)[:, None] @ x.to(score.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            fused = score.scatter(1, order, 0)[:, None] @ x.to(score.dtype)
         y = torch.cat([y, fused.to(x.dtype)], 1)
     return y, order
 
@@ -300,7 +297,6 @@ register(
     reference=_reference_marked,
     setup_context=_setup_marked,
     backward=_backward_marked,
-    flops=_flops_marked,
     composed=True,
 )
 register("running_scores", fake=_fake_running, reference=_reference_running, composed=True)

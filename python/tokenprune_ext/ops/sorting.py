@@ -2,8 +2,8 @@
 """Ops on sorted rows: the sort itself, sampling from sorted scores, groups of equal hashes, attention in balanced clusters.
 
 Inverse transform sampling is from ATS (arXiv 2111.15667), groups of equal hash codes from ACT (arXiv 2011.09315). Balanced
-clusters are cut from rows sorted by a hash, from SMYRF (arXiv 2010.05315); where a query is clustered several times, all its clusters are one softmax: the same as merging them by
-their log-sum-exp.
+clusters are cut from rows sorted by a hash, from SMYRF (arXiv 2010.05315); where a query is clustered several times, all
+its clusters are one softmax: the same as merging them by their log-sum-exp.
 """
 
 import math
@@ -627,7 +627,10 @@ def _composite(q, k, v, q_order, k_order, q_lengths, k_lengths, key_bias, q_size
 
 
 register(
-    "argsort_rows", fake=lambda x: x.new_empty(x.shape, dtype=torch.int32), reference=_reference_argsort, composed=True
+    "argsort_rows",
+    fake=lambda x: x.new_empty(x.shape, dtype=torch.int32),
+    reference=_reference_argsort,
+    composed=True,
 )
 register("sample_rows", fake=_fake_sample, reference=_reference_sample, composed=True)
 register("sample_tokens", fake=_fake_tokens, reference=_reference_tokens, composed=True)

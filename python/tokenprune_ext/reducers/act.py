@@ -333,4 +333,4 @@ class ACT(Reducer):
     def _layer_draws(self, state, name, layer, like, width):
         projection, offset = (state.carry[f"act.{name}_{kind}.{layer}"] for kind in ("projection", "offset"))
         # Drawn for the width of the model where only that is known.
-        return _draws(projection[..., :width, :], offset, like)
+        return tuple(draw.detach() for draw in _draws(projection[..., :width, :], offset, like))

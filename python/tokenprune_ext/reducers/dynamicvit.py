@@ -105,7 +105,7 @@ class DynamicViT(StagedPruning):
 
     def _stage_gathered(self, x, state, layer):
         selector = self.selectors[self.layers.index(layer)]
-        if state.uniform(x):
+        if "patches" not in state.carry and state.uniform(x):
             packed = state.packed
             x, state = self._keep_best(*state.as_padded(x), selector, layer)
             return state.as_packed(x) if packed else (x, state)
