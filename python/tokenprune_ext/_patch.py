@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import reducers
 from .integrations import adapters
-from .nn import TokenState
+from .nn import PackedLinear, TokenState, pack
 
 _NAME = "token_reducer"
 
@@ -38,7 +38,8 @@ class LayerTrace:
 def patch(model: nn.Module, method: str | reducers.Reducer = "tome", **options) -> nn.Module:
     """Reduce tokens in a vision transformer of another library (timm, torchvision, transformers), in place.
 
-    The method becomes the submodule ``token_reducer``, so that learned parts train and are saved with the model.
+    The method becomes the submodule ``token_reducer``, so that learned parts train and are saved with the model. In a
+    packed model (:func:`pack`) it is packed, too.
 
     Args:
         model: a supported model, or a module that contains exactly one.
@@ -81,6 +82,8 @@ def patch(model: nn.Module, method: str | reducers.Reducer = "tome", **options) 
         )
     anchor = next(part.parameters())
     part.add_module(_NAME, reducer.to(device=anchor.device, dtype=anchor.dtype).train(part.training))
+    if any(isinstance(layer, PackedLinear) for layer in part.modules()):
+        pack(part.token_reducer)
     for name, function in adapter.methods(part).items():
         setattr(part, name, function)
     return model

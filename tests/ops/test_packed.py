@@ -2,12 +2,14 @@
 """Packed linear layers: values against plain PyTorch, the rules, and what becomes of changed weights."""
 
 import copy
+from unittest import mock
 
 import pytest
 import tokenprune_ext
 import torch
 import torch.nn.functional as F
 from tokenprune_ext import ops, profiling
+from tokenprune_ext.ops._register import call
 from torch import nn
 
 from tests.conformance import Conformance, OpSpec, Sample, needs_library
@@ -425,6 +427,23 @@ def test_copies_of_a_large_model_lie_together():
         assert (model[1]._copy[2].untyped_storage().data_ptr() != copies[0].untyped_storage().data_ptr()) == later
         model[1].weight.mul_(2)
         plain[1].weight.mul_(2)
+
+
+@needs_library
+@torch.no_grad()
+@pytest.mark.parametrize("patched_first", [False, True])
+def test_what_a_method_learned_is_packed_with_the_model(patched_first):
+    model, x = tokenprune_ext.unpatch(small_vit()), torch.randn(2, 3, 32, 32)
+    options = {"layers": [0, 1], "keep": 0.7}
+    plain = tokenprune_ext.patch(copy.deepcopy(model), "dynamicvit", **options)
+    if patched_first:
+        packed = tokenprune_ext.pack(tokenprune_ext.patch(model, "dynamicvit", **options))
+    else:
+        packed = tokenprune_ext.patch(tokenprune_ext.pack(model), "dynamicvit", **options)
+    packed.load_state_dict(plain.state_dict())
+    with mock.patch("tokenprune_ext.reducers._predictors.call", wraps=call) as calls:
+        torch.testing.assert_close(packed(x), plain(x), atol=1e-5, rtol=1e-4)
+    assert [c.args[0] for c in calls.mock_calls] == ["packed_predictor"] * 2
 
 
 @needs_library
