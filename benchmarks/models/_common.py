@@ -381,7 +381,8 @@ def _row_case(context: Context, place: Place, row: Row) -> Prepared:
     model, plain = _model(context, place), _plain(place.backbone, place.dtype, context.device)
     images = _images(plain, place.batch).to(context.device, place.dtype)
     torch.manual_seed(0)
-    reduced, dense = row.apply(_variants.share(model)).eval(), _variants.dense(model).model
+    with torch.inference_mode(False):  # weights made in that mode cannot be packed: nothing counts their changes
+        reduced, dense = row.apply(_variants.share(model)).eval(), _variants.dense(model).model
     verify = _verify(plain, reduced, place, row)
     macs, tokens = _work(reduced, images)
     whole = vit_macs(plain, [LayerTokens((_start(plain),), (_start(plain),))] * len(plain.blocks))
