@@ -6,6 +6,8 @@ The same kernels as :func:`packed_linear` and :func:`sparse_attention`, without 
 small models at batch 1 feel.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -251,127 +253,89 @@ def _check_tokens(op, x, cu_seqlens):
 # ---------------------------------------------------------------- fake, flops, reference
 
 
-def _fake_attention(
-    x, norm_weight, norm_bias, eps, qkv, b, proj, d, layer_scale, heads, dim, index, cu, most, bias, scale, cls
-):
+class _Half(NamedTuple):
+    """Arguments that all halves with attention take behind the tokens."""
+
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    eps: float
+    qkv: Tensor
+    b: Tensor | None
+    proj: Tensor
+    d: Tensor | None
+    layer_scale: Tensor | None
+    heads: int
+    dim: int
+
+    def project(self, x, index=None):
+        """Queries, keys and values of the reference, ``[..., 3 * H * D]``."""
+        norm, width = (True, self.norm_weight, self.norm_bias, self.eps), 3 * self.heads * self.dim
+        return packed._reference_linear(x, self.qkv, width, self.b, *norm, 0, None, None, index)
+
+    def finish(self, mixed, residual):
+        """``residual`` plus the projected values of the reference."""
+        norm, channels = (False, None, None, 0.0), residual.shape[-1]
+        return packed._reference_linear(mixed, self.proj, channels, self.d, *norm, 0, self.layer_scale, residual, None)
+
+
+def _split(args):
+    """Those, and what else a half takes."""
+    return _Half(*args[:10]), args[10:]
+
+
+def _fake_attention(x, *args):
+    half, (index, cu, _, _, _, cls) = _split(args)
     lead = x.shape[:-1] if index is None else index.shape
     rows = lead[0] * lead[1] if cu is None else lead[0]
     stats = {"dtype": stat_dtype(x.dtype)}
     return (
         x.new_empty(*lead, x.shape[-1]),
-        x.new_empty(*lead, 3 * heads * dim),
-        x.new_empty(heads, rows, **stats),
+        x.new_empty(*lead, 3 * half.heads * half.dim),
+        x.new_empty(half.heads, rows, **stats),
         x.new_empty(rows if cls else 0, **stats),
     )
 
 
-def _fake_merged(
-    x,
-    norm_weight,
-    norm_bias,
-    eps,
-    qkv,
-    b,
-    proj,
-    d,
-    layer_scale,
-    heads,
-    dim,
-    bias,
-    scale,
-    r,
-    size,
-    *protected,
-):
+def _fake_merged(x, *args):
+    _, (_, _, r, size, *protected) = _split(args)
     return merge._fake_step(x, x, r, size, *protected)
 
 
-def _fake_sampled(
-    x,
-    norm_weight,
-    norm_bias,
-    eps,
-    qkv,
-    b,
-    proj,
-    d,
-    layer_scale,
-    heads,
-    dim,
-    cu,
-    most,
-    bias,
-    scale,
-    initial,
-    prefix,
-    drop,
-):
+def _fake_sampled(x, *args):
+    _, (cu, most, bias, _, initial, prefix, drop) = _split(args)
     padded = cu is None
     most = x.shape[1] if padded else most
     rows, source, starts = sorting._fake_tokens(None, x, initial, cu, most, bias, prefix, padded, drop)
     return x.new_empty(*(rows.shape if padded else source.shape), x.shape[-1]), rows, source, starts
 
 
-def _fake_grouped(x, norm_weight, norm_bias, eps, qkv, b, proj, d, layer_scale, heads, dim, cu, most, *args):
+def _fake_grouped(x, *args):
+    half, (cu, most, *_) = _split(args)
     batch, most = x.shape[:2] if cu is None else (cu.shape[0] - 1, most)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return y, x.new_empty(batch, heads, most, dtype=torch.int32)
+    return y, x.new_empty(batch, half.heads, most, dtype=torch.int32)
 
 
 def _fake_mlp(x, *args):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _flops_attention(
-    x,
-    norm_weight,
-    norm_bias,
-    eps,
-    qkv,
-    b,
-    proj,
-    d,
-    layer_scale,
-    heads,
-    dim,
-    index,
-    cu,
-    most,
-    *args,
-    out_val=None,
-    **kwargs,
-):
+def _flops_attention(x, *args, out_val=None, **kwargs):
+    half, (index, cu, most, *_) = _split(args)
     padded = cu is None
     pairs = x.shape[0] * x.shape[1] ** 2 if padded else attention._pairs(x, x, cu, cu, most, index, index)
-    return 8 * out_val[0].numel() * heads * dim + 4 * heads * dim * pairs
+    return 8 * out_val[0].numel() * half.heads * half.dim + 4 * half.heads * half.dim * pairs
 
 
-def _flops_merged(
-    x, norm_weight, norm_bias, eps, qkv, b, proj, d, layer_scale, heads, dim, *args, out_val=None, **kwargs
-):
-    attention = 8 * x.numel() * heads * dim + 4 * heads * dim * x.shape[0] * x.shape[1] ** 2
-    return attention + merge._flops_step(x, x.new_empty(0, dim))
+def _flops_merged(x, *args, out_val=None, **kwargs):
+    half, _ = _split(args)
+    attention = 8 * x.numel() * half.heads * half.dim + 4 * half.heads * half.dim * x.shape[0] * x.shape[1] ** 2
+    return attention + merge._flops_step(x, x.new_empty(0, half.dim))
 
 
-def _flops_sampled(
-    x,
-    norm_weight,
-    norm_bias,
-    eps,
-    qkv,
-    b,
-    proj,
-    d,
-    layer_scale,
-    heads,
-    dim,
-    cu,
-    most,
-    *args,
-    out_val=None,
-    **kwargs,
-):
+def _flops_sampled(x, *args, out_val=None, **kwargs):
     """With the attention of the first tokens, which is computed ahead."""
+    half, (cu, most, *_) = _split(args)
     _, _, source, starts = out_val
     first = torch.arange(starts.shape[0], dtype=torch.int32, device=x.device)
     keys, most = (first * x.shape[1], x.shape[1]) if cu is None else (cu, most)
@@ -379,56 +343,35 @@ def _flops_sampled(
         attention._pairs(rows, x.flatten(0, -2), own, keys, most, None, None)
         for rows, own in ((source, starts), (first[1:], first))
     )
-    return 2 * heads * dim * (3 * x.numel() + source.numel() * x.shape[-1] + 2 * pairs)
+    return 2 * half.heads * half.dim * (3 * x.numel() + source.numel() * x.shape[-1] + 2 * pairs)
 
 
-def _flops_grouped(
-    x,
-    norm_weight,
-    norm_bias,
-    eps,
-    qkv,
-    b,
-    proj,
-    d,
-    layer_scale,
-    heads,
-    dim,
-    cu,
-    most,
-    bias,
-    scale,
-    projection,
-    *args,
-    out_val=None,
-    **kwargs,
-):
+def _flops_grouped(x, *args, out_val=None, **kwargs):
     """Every token a group of its own where the groups cannot be read."""
-    ids, width = out_val[1].flatten(0, 1), heads * dim
+    half, (_, _, _, _, projection, *_) = _split(args)
+    ids, width = out_val[1].flatten(0, 1), half.heads * half.dim
     rows = x.numel() // max(x.shape[-1], 1)
-    pairs = rows * heads * ids.shape[1]
+    pairs = rows * half.heads * ids.shape[1]
     if ids.device.type == "cpu" and not isinstance(ids, torch._subclasses.FakeTensor) and pairs > 0:
         pairs = int(((ids >= 0).sum(1) * (ids.amax(1) + 1)).sum())
-    return 8 * x.numel() * width + 2 * rows * width * projection.shape[1] + 4 * dim * pairs
+    return 8 * x.numel() * width + 2 * rows * width * projection.shape[1] + 4 * half.dim * pairs
 
 
 def _flops_mlp(x, norm_weight, norm_bias, eps, first, bias_1, hidden, *args, out_val=None, **kwargs):
     return 4 * x.numel() * hidden
 
 
-def _reference_attention(
-    x, norm_weight, norm_bias, eps, qkv, b, proj, d, layer_scale, heads, dim, index, cu, most, bias, scale, cls
-):
-    linear = packed._reference_linear
+def _reference_attention(x, *args):
+    half, (index, cu, most, bias, scale, cls) = _split(args)
     if cu is None:
         most = x.shape[1]
         cu = torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device) * most
-    wide = linear(x, qkv, 3 * heads * dim, b, True, norm_weight, norm_bias, eps, 0, None, None, index)
-    parts = wide.reshape(-1, 3, heads, dim).unbind(1)
+    wide = half.project(x, index)
+    parts = wide.reshape(-1, 3, half.heads, half.dim).unbind(1)
     mixed, lse, row = attention._reference_attention(*parts, cu, cu, most, most, bias, None, None, scale, cls)
-    mixed = mixed.reshape(*wide.shape[:-1], heads * dim)
+    mixed = mixed.reshape(*wide.shape[:-1], half.heads * half.dim)
     x = x if index is None else gather_tokens(x, index)
-    y = linear(mixed, proj, x.shape[-1], d, False, None, None, 0.0, 0, layer_scale, x, None)
+    y = half.finish(mixed, x)
     return y, wide, lse, row.mean(0)
 
 
@@ -439,85 +382,49 @@ def _reference_merged(x, *args):
     return merge._reference_step(y, keys, r, size, class_token, distill_token, prefix)
 
 
-def _reference_sampled(
-    x,
-    norm_weight,
-    norm_bias,
-    eps,
-    qkv,
-    b,
-    proj,
-    d,
-    layer_scale,
-    heads,
-    dim,
-    cu,
-    most,
-    bias,
-    scale,
-    initial,
-    prefix,
-    drop,
-):
-    linear, padded = packed._reference_linear, cu is None
+def _reference_sampled(x, *args):
+    half, (cu, most, bias, scale, initial, prefix, drop) = _split(args)
+    padded = cu is None
     if padded:
         most = x.shape[1]
         cu = torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device) * most
     x = x.flatten(0, -2)
-    wide = linear(x, qkv, 3 * heads * dim, b, True, norm_weight, norm_bias, eps, 0, None, None, None)
-    q, k, v = wide.view(x.shape[0], 3, heads, dim).unbind(1)
+    wide = half.project(x)
+    q, k, v = wide.view(x.shape[0], 3, half.heads, half.dim).unbind(1)
     one = torch.arange(cu.shape[0], dtype=torch.int32, device=x.device)
     *_, row = attention._reference_attention(q, k, v, one, cu, 1, most, bias, cu[:-1], None, scale, True)
     rows, source, starts = sorting._reference_tokens(row, v, initial, cu, most, bias, prefix, padded, drop)
     mixed = attention._reference_attention(q, k, v, starts, cu, most, most, bias, source, None, scale, False)[0]
     residual = gather_tokens(x, source)
-    y = linear(mixed.flatten(1), proj, x.shape[-1], d, False, None, None, 0.0, 0, layer_scale, residual, None)
+    y = half.finish(mixed.flatten(1), residual)
     y = torch.where(source[:, None] < 0, 0, y)
     return y.view(*rows.shape, x.shape[1]) if padded else y, rows, source, starts
 
 
-def _reference_grouped(
-    x,
-    norm_weight,
-    norm_bias,
-    eps,
-    qkv,
-    b,
-    proj,
-    d,
-    layer_scale,
-    heads,
-    dim,
-    cu,
-    most,
-    bias,
-    scale,
-    projection,
-    offset,
-    bucket,
-):
-    linear, padded = packed._reference_linear, cu is None
+def _reference_grouped(x, *args):
+    half, (cu, most, bias, scale, projection, offset, bucket) = _split(args)
+    padded = cu is None
     if padded:
         most = x.shape[1]
         cu = torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device) * most
-    wide = linear(x, qkv, 3 * heads * dim, b, True, norm_weight, norm_bias, eps, 0, None, None, None)
-    q, k, v = wide.reshape(-1, 3, heads, dim).permute(1, 2, 0, 3)
+    wide = half.project(x)
+    q, k, v = wide.reshape(-1, 3, half.heads, half.dim).permute(1, 2, 0, 3)
     mixed = torch.zeros_like(q)  # [H, T, D]
-    all_ids = torch.full((cu.shape[0] - 1, heads, most), -1, dtype=torch.int32, device=x.device)
+    all_ids = torch.full((cu.shape[0] - 1, half.heads, most), -1, dtype=torch.int32, device=x.device)
     for image, (begin, end) in enumerate(zip(cu[:-1].tolist(), cu[1:].tolist())):
         if begin == end:
             continue
         own = slice(begin, end)
         ids, counts = sorting._reference_groups(q[:, own], projection, offset, bucket, scale, None)
         all_ids[image, :, : end - begin] = ids
-        place = ids.long()[..., None].expand(-1, -1, dim)
+        place = ids.long()[..., None].expand(-1, -1, half.dim)
         stat = projection.dtype
         means = torch.zeros_like(place, dtype=stat).scatter_add(1, place, q[:, own].to(stat))
         means = (means / counts.clamp(min=1)[..., None]).to(x.dtype).to(stat)
         logits = means @ k[:, own].to(stat).mT * scale + (0 if bias is None else bias[own])
         mixed[:, own] = (logits.softmax(-1) @ v[:, own].to(stat)).to(x.dtype).gather(1, place)
-    inner = mixed.transpose(0, 1).reshape(*x.shape[:-1], heads * dim)
-    y = linear(inner, proj, x.shape[-1], d, False, None, None, 0.0, 0, layer_scale, x, None)
+    inner = mixed.transpose(0, 1).reshape(*x.shape[:-1], half.heads * half.dim)
+    y = half.finish(inner, x)
     return y, all_ids
 
 
